@@ -1,0 +1,74 @@
+"""The `tandem` command: a table of verbs. Imports nothing heavy, so that `tandem --help` answers at once."""
+
+import difflib
+import importlib
+import sys
+from typing import NamedTuple
+
+from trainer.errors import USER_MISTAKE, boundary
+
+
+class Verb(NamedTuple):
+    """Where a verb lives. `function` takes the rest of the command line and returns the exit code."""
+
+    module: str
+    function: str
+    help: str
+
+
+VERBS = {
+    "train": Verb("launch.local", "main", "train a config on this machine, on one or more processes"),
+    "check": Verb("trainer.check", "main", "say what a config would do (size, memory, batches) and try two batches"),
+    "data make": Verb("tools.shards.make", "main", "make WebDataset shards from a folder of images or a named set"),
+    "data check": Verb("tools.shards.check", "main", "verify shards against their index"),
+    "sample": Verb("tools.sample", "main", "draw a grid of samples from a run"),
+    "reconstruct": Verb("tools.reconstruct", "main", "draw images beside their reconstructions by a run"),
+    "interpolate": Verb("tools.interpolate", "main", "draw walks between two latents of a run"),
+    "env": Verb("launch.env", "main", "print versions, devices, NCCL, SLURM and git state for a bug report"),
+}
+
+EXAMPLE = """\
+example:
+  tandem data make fashion-mnist data/fashion
+  tandem train configs/vaegan_fashion.yaml --processes 2
+  tandem sample runs/vaegan_fashion
+
+`tandem VERB --help` says more, with an example."""
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+    return f"usage: tandem VERB ...\n\nTrain VAEs, GANs and VAE-GANs, and measure them.\n\nverbs:\n{rows}\n\n{EXAMPLE}"
+
+
+def find(argv: list[str]) -> tuple[Verb, list[str]]:
+    """The verb that `argv` begins with, and what follows it. ValueError names the nearest verb."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in VERBS:
+            return VERBS[name], argv[words:]
+    group = [name for name in VERBS if name.startswith(f"{argv[0]} ")]
+    if group and (len(argv) == 1 or argv[1].startswith("-")):
+        raise ValueError(f"{argv[0]}: say which: {', '.join(group)} (see tandem --help)")
+    name = " ".join(argv[:2]) if group else argv[0]
+    nearest = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise ValueError(f"no such verb: {name}{hint} (tandem --help lists them)")
+
+
+def dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else USER_MISTAKE
+    verb, rest = find(argv)
+    function = getattr(importlib.import_module(verb.module), verb.function)
+    return int(function(rest))
+
+
+def main() -> int:
+    return boundary(dispatch, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""What a user sees of an error: a mistake is one line and exit code 2, a bug keeps its traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+USER_MISTAKE = 2  # the exit code of argparse and tyro for a bad command line
+BUG = 1
+INTERRUPTED = 130  # 128 + SIGINT
+BROKEN_PIPE = 141  # 128 + SIGPIPE: `tandem ... | head`
+
+
+def one_line(error: ValueError | OSError) -> str:
+    """The error's text on one line, without Python's `[Errno 28]`: `No space left on device: runs/a/board`."""
+    if isinstance(error, OSError) and error.strerror:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+        return f"{error.strerror}: {' -> '.join(names)}" if names else error.strerror
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+
+
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def boundary(main: Callable[[list[str]], int], argv: list[str], *, report: Callable[[str], None] = to_stderr) -> int:
+    """Runs `main(argv)` and returns the exit code of the process.
+
+    ValueError and OSError are the user's to mend: `tandem: error: ...` and 2. Ctrl-C is 130. Anything else is a bug: its
+    traceback and 1. `python -X dev` shows the traceback of a user's mistake too. `report` gets the text; a launcher of
+    several ranks passes its own, so that it can print the first failure only.
+    """
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail again
+        return BROKEN_PIPE
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            report(traceback.format_exc().rstrip())
+        report(f"tandem: error: {one_line(error)}")
+        return USER_MISTAKE
+    except Exception:  # noqa: BLE001  reported in full
+        report(traceback.format_exc().rstrip())
+        return BUG
