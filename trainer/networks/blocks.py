@@ -1,0 +1,92 @@
+"""The pieces that all networks are made of: normalisation, folded upsampling, residual blocks, stages, posterior rows.
+
+Initialisation is torch's own, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, from torch's global generator,
+which the caller seeds. With it a convolution shrinks the variance about threefold, so a residual branch starts small.
+No operation works in place and no module keeps buffers: a gradient penalty may differentiate any network twice, and
+ranks have nothing to synchronise but gradients.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Norm = Literal["group", "none"]
+
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # Rombach et al. 2022 (their DiagonalGaussianDistribution)
+
+
+def normalisation(kind: Norm, channels: int) -> nn.Module:
+    """GroupNorm in at most 8 groups, of at least 4 channels each where the channels divide so, or nothing."""
+    if kind == "none":
+        return nn.Identity()
+    groups = max(g for g in range(1, min(8, max(1, channels // 4)) + 1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+class UpConv(nn.Conv2d):
+    """Nearest upsampling by 2, then a 3x3 convolution, computed as one transposed 4x4 convolution of stride 2.
+
+    Every output pixel sees each input pixel through the sum of those weights of the 3x3 kernel that fall on its copies;
+    the 4x4 kernel holds these sums. The same map as the two steps in half their time, and without the checkerboard of a
+    free transposed convolution (Odena et al. 2016).
+    (B, in, h, w) -> (B, out, 2h, 2w). The parameters are those of the 3x3 convolution.
+    """
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(channels, out, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = functional.pad(self.weight, (0, 0, 0, 1)) + functional.pad(self.weight, (0, 0, 1, 0))
+        kernel = functional.pad(rows, (0, 1, 0, 0)) + functional.pad(rows, (1, 0, 0, 0))
+        return functional.conv_transpose2d(x, kernel.transpose(0, 1).flip(2, 3), self.bias, stride=2, padding=1)
+
+
+class Residual(nn.Module):
+    """x + convolutions(x), pre-activated (He et al. 2016b): norm, activation, 3x3, twice. Shape kept."""
+
+    def __init__(self, channels: int, *, norm: Norm, activation: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(normalisation(norm, channels), activation, nn.Conv2d(channels, channels, 3, padding=1)),
+            *(normalisation(norm, channels), activation, nn.Conv2d(channels, channels, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)  # type: ignore[no-any-return]
+
+
+def stage(entry: list[nn.Module], channels: int, *, blocks: int, norm: Norm, activation: nn.Module) -> list[nn.Module]:
+    """What leads to a resolution (`entry`), its residual blocks, and the normalisation and activation that close it."""
+    residuals = [Residual(channels, norm=norm, activation=activation) for _ in range(blocks)]
+    return [*entry, *residuals, normalisation(norm, channels), activation]
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h*w*C). Channels last, so that it costs no copy in the memory format that training uses."""
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def full(x: Tensor) -> Tensor:
+    """bfloat16 and float16 become float32 (losses and clamps need it), float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def posterior(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """The encoder's output (B, 2z, ...) as mean and logvar, each (B, z, ...) float32, logvar clamped to [-30, 20].
+
+    exp of the clamped value is finite in float32. Beyond the clamp logvar has no gradient: `clamped_share` shows it.
+    """
+    mean, logvar = full(raw).chunk(2, dim=1)
+    return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
+
+
+def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the posterior from standard normal noise of the mean's shape (Kingma and Welling 2014, eq. 4)."""
+    return torch.addcmul(mean, (0.5 * logvar).exp(), noise)
+
+
+def clamped_share(logvar: Tensor) -> Tensor:
+    """Share of the posterior's log-variances that sit on the clamp, a scalar: above 0 the encoder is saturated."""
+    return ((logvar <= LOGVAR_MIN) | (logvar >= LOGVAR_MAX)).float().mean()
