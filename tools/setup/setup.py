@@ -226,7 +226,9 @@ def stage(number: int, text: str) -> None:
 
 def set_up() -> None:
     if sys.version_info < OLDEST_PYTHON:
-        raise SetupError(f"Python {platform.python_version()} is too old: use 3.10 or newer (make PYTHON=python3.11 setup)")
+        raise SetupError(
+            f"Python {platform.python_version()} is too old: use 3.10 or newer (make PYTHON=python3.11 setup)"
+        )
     started = time.monotonic()
     gpu = has_gpu()
     if up_to_date(gpu):

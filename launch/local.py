@@ -1,0 +1,234 @@
+"""`tandem train`: one run on this machine, on one or more processes.
+
+Starts its own processes instead of torchrun: the exit code and the one clear line of a worker reach the user as they are,
+Ctrl-C reaches each worker once, and the port of the rendezvous is bound before anybody is told about it, so that two runs
+started at the same moment neither collide nor join each other's group.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launch.failures import failure_file, first_failure
+from trainer.errors import USER_MISTAKE, to_stderr
+
+POLL = 0.05  # seconds between looks at the workers
+SETTLE = 2.0  # seconds that the others get to fail by themselves and say why, after the first failure
+GRACE = 5.0  # seconds between SIGTERM, or the second Ctrl-C, and SIGKILL
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a rank that stopped as asked
+
+HELP = """\
+Train a config on this machine. What follows CONFIG are overrides of its keys; `tandem train CONFIG --help` lists the keys.
+Without --processes: one process for each GPU, or one where there is none.
+"""
+EXAMPLE = """\
+examples:
+  tandem train configs/vaegan_fashion.yaml --processes 2
+  tandem train configs/vae_fashion.yaml optim.lr=2e-4 run=runs/vae_fast
+
+Ctrl-C once saves a checkpoint and stops (exit code 130); twice stops at once. The same command goes on from there.
+"""
+
+
+@dataclass
+class Worker:
+    """A started rank and when it was seen to end."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    code: int | None = None  # as a shell gives it: 128 + signal for a killed one
+
+
+def visible_gpus() -> int:
+    """The number of GPUs that a process started now would see, without importing torch."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return len([name for name in listed.split(",") if name.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_environment(*, processes: int) -> dict[str, str]:
+    """OpenMP's settings, where the user has set none: cores shared out, and no thread that waits by spinning."""
+    wanted = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    if processes > 1:
+        wanted["OMP_NUM_THREADS"] = str(max(1, cores() // processes))
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def listen(port: int) -> socket.socket:
+    """The socket that rank 0 will serve the rendezvous on. `port` 0 takes a free one. ValueError when it is taken."""
+    server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        server.bind(("127.0.0.1", port))
+    except OSError as error:
+        server.close()
+        raise ValueError(
+            f"--port: {port} is not to be had ({error.strerror}); leave --port out to take a free one"
+        ) from error
+    server.listen(1024)
+    return server
+
+
+def environment(*, processes: int, server: socket.socket, failures: Path) -> dict[str, str]:
+    """The environment that all ranks share: torch.distributed's variables, threads, and where to report a failure."""
+    shared = {
+        **os.environ,
+        **thread_environment(processes=processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(server.getsockname()[1]),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # every rank is a client of the store that launch.worker serves
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TANDEM_LAUNCHER": str(os.getpid()),
+        "TANDEM_FAILURES": str(failures),
+    }
+    if sys.platform == "linux":
+        shared.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may lead nowhere
+    return shared
+
+
+def start(command: Sequence[str], *, rank: int, shared: dict[str, str], server: socket.socket) -> Worker:
+    """Starts one rank, in a session of its own, so that the terminal's Ctrl-C reaches it only through us."""
+    variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    inherited: tuple[int, ...] = ()
+    if rank == 0:
+        variables["TANDEM_STORE_FD"] = str(server.fileno())
+        inherited = (server.fileno(),)
+    return Worker(rank, subprocess.Popen(command, env=variables, pass_fds=inherited, start_new_session=True))
+
+
+def send(workers: Sequence[Worker], number: int) -> None:
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.send_signal(number)
+
+
+@contextmanager
+def forwarded_signals(workers: list[Worker]) -> Iterator[list[int]]:
+    """While inside, SIGINT and SIGTERM go to every worker, each as often as it comes. Yields the list of those that came."""
+    came: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        send(workers, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def watch(workers: Sequence[Worker], came: Sequence[int]) -> Worker | None:
+    """Waits for all workers; returns the one that failed first, if any.
+
+    After a failure the others are ended in seconds. After one Ctrl-C they have all the time that saving takes: a rank that
+    ends with 130 or 143 then has done as asked. After the second they are killed when they do not stop by themselves.
+    """
+    failed: Worker | None = None
+    deadlines: list[tuple[float, int]] = []
+    while True:
+        for worker in workers:
+            code = worker.process.poll()
+            if code is None or worker.code is not None:
+                continue
+            worker.code = code if code >= 0 else 128 - code
+            as_asked = bool(came) and worker.code in STOPPED
+            if worker.code and not as_asked and failed is None:
+                failed = worker
+                now = time.monotonic()
+                deadlines = [(now + SETTLE, signal.SIGTERM), (now + SETTLE + GRACE, signal.SIGKILL)]
+        if all(worker.code is not None for worker in workers):
+            return failed
+        if len(came) > 1 and not deadlines:
+            deadlines = [(time.monotonic() + GRACE, signal.SIGKILL)]
+        if deadlines and time.monotonic() >= deadlines[0][0]:
+            send(workers, deadlines[0][1])
+            deadlines = deadlines[1:] or [(float("inf"), signal.SIGKILL)]
+        time.sleep(POLL)
+
+
+def explain(worker: Worker) -> str:
+    """What to say of a worker that ended without a word: a signal, or an exit from inside a library."""
+    assert worker.code is not None
+    if worker.code <= 128:
+        return f"tandem: error: rank {worker.rank} ended with exit code {worker.code}"
+    name = signal.Signals(worker.code - 128).name
+    hint = "; the system does that when memory runs out: fewer processes, a smaller batch" if name == "SIGKILL" else ""
+    return f"tandem: error: rank {worker.rank} was killed by {name}{hint}"
+
+
+def report(failed: Worker, failures: Path) -> int:
+    """Prints the first failure of a run and returns its exit code."""
+    assert failed.code is not None
+    first = first_failure(failures) if failure_file(failures, failed.rank).exists() else None
+    if first is None:
+        if failed.code != USER_MISTAKE:  # a parser that exits with 2 has said why
+            to_stderr(explain(failed))
+        return failed.code
+    to_stderr(first.text if first.code == USER_MISTAKE else f"rank {first.rank} failed first:\n{first.text}")
+    return first.code
+
+
+def launch(module: str, arguments: Sequence[str], *, processes: int, port: int = 0) -> int:
+    """Runs `module`'s `main(arguments)` on `processes` ranks.
+
+    Returns 0, the exit code of the rank that failed first (its message is the only one printed), or 130 after a Ctrl-C.
+    """
+    command = [sys.executable, "-m", "launch.worker", module, *arguments]
+    workers: list[Worker] = []
+    with tempfile.TemporaryDirectory(prefix="tandem-") as folder, listen(port) as server:
+        try:
+            with forwarded_signals(workers) as came:
+                shared = environment(processes=processes, server=server, failures=Path(folder))
+                for rank in range(processes):
+                    workers.append(start(command, rank=rank, shared=shared, server=server))
+                    if came:  # a signal between fork and append did not reach it
+                        send(workers[-1:], came[-1])
+                failed = watch(workers, came)
+        finally:
+            send(workers, signal.SIGKILL)
+        return report(failed, Path(folder)) if failed else max(worker.code or 0 for worker in workers)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tandem train",
+        description=HELP,
+        epilog=EXAMPLE,
+        usage="tandem train CONFIG [key=value ...] [--processes N] [--port PORT]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="ranks to start on this machine")
+    parser.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
+    options, rest = parser.parse_known_args(argv)
+    if not rest or rest[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0 if rest else 2
+    processes = options.processes if options.processes is not None else max(1, visible_gpus())
+    if processes < 1:
+        raise ValueError(f"--processes: {processes} is not a number of processes; 1 is the least")
+    if processes > 1 and not {"-h", "--help"} & set(rest):
+        return launch("trainer.__main__", rest, processes=processes, port=options.port)
+    sys.stdout.flush()  # this process becomes the trainer: with one rank there is nothing to launch
+    os.execve(
+        sys.executable, [sys.executable, "-m", "trainer", *rest], {**os.environ, **thread_environment(processes=1)}
+    )
