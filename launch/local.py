@@ -1,8 +1,8 @@
 """`tandem train`: one run on this machine, on one or more processes.
 
-Starts its own processes instead of torchrun: the exit code and the one clear line of a worker reach the user as they are,
-Ctrl-C reaches each worker once, and the port of the rendezvous is bound before anybody is told about it, so that two runs
-started at the same moment neither collide nor join each other's group.
+Starts its own processes instead of torchrun: the exit code and the one clear line of a worker reach the user as they
+are, Ctrl-C reaches each worker once, and the port of the rendezvous is bound before anybody is told about it, so that
+two runs started at the same moment neither collide nor join each other's group.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from launch.failures import failure_file, first_failure
 from trainer.errors import USER_MISTAKE, to_stderr
@@ -28,7 +29,7 @@ GRACE = 5.0  # seconds between SIGTERM, or the second Ctrl-C, and SIGKILL
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a rank that stopped as asked
 
 HELP = """\
-Train a config on this machine. What follows CONFIG are overrides of its keys; `tandem train CONFIG --help` lists the keys.
+Train a config on this machine. What follows CONFIG are overrides of its keys: `tandem train CONFIG --help` lists them.
 Without --processes: one process for each GPU, or one where there is none.
 """
 EXAMPLE = """\
@@ -76,9 +77,7 @@ def listen(port: int) -> socket.socket:
         server.bind(("127.0.0.1", port))
     except OSError as error:
         server.close()
-        raise ValueError(
-            f"--port: {port} is not to be had ({error.strerror}); leave --port out to take a free one"
-        ) from error
+        raise ValueError(f"--port: {port} cannot be taken ({error.strerror}); without --port a free one is") from error
     server.listen(1024)
     return server
 
@@ -120,7 +119,7 @@ def send(workers: Sequence[Worker], number: int) -> None:
 
 @contextmanager
 def forwarded_signals(workers: list[Worker]) -> Iterator[list[int]]:
-    """While inside, SIGINT and SIGTERM go to every worker, each as often as it comes. Yields the list of those that came."""
+    """While inside, SIGINT and SIGTERM go to every worker, each as often as it comes. Yields those that came."""
     came: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -138,8 +137,8 @@ def forwarded_signals(workers: list[Worker]) -> Iterator[list[int]]:
 def watch(workers: Sequence[Worker], came: Sequence[int]) -> Worker | None:
     """Waits for all workers; returns the one that failed first, if any.
 
-    After a failure the others are ended in seconds. After one Ctrl-C they have all the time that saving takes: a rank that
-    ends with 130 or 143 then has done as asked. After the second they are killed when they do not stop by themselves.
+    After a failure the others are ended in seconds. After one Ctrl-C they have all the time that saving takes: a rank
+    that ends with 130 or 143 then has done as asked. After the second they are killed if they do not stop by themselves.
     """
     failed: Worker | None = None
     deadlines: list[tuple[float, int]] = []
@@ -207,6 +206,13 @@ def launch(module: str, arguments: Sequence[str], *, processes: int, port: int =
         return report(failed, Path(folder)) if failed else max(worker.code or 0 for worker in workers)
 
 
+def become_trainer(arguments: Sequence[str]) -> NoReturn:
+    """Replaces this process by the trainer: with one rank there is nothing to launch."""
+    os.environ.update(thread_environment(processes=1))
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "trainer", *arguments])
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tandem train",
@@ -226,9 +232,6 @@ def main(argv: list[str]) -> int:
     processes = options.processes if options.processes is not None else max(1, visible_gpus())
     if processes < 1:
         raise ValueError(f"--processes: {processes} is not a number of processes; 1 is the least")
-    if processes > 1 and not {"-h", "--help"} & set(rest):
-        return launch("trainer.__main__", rest, processes=processes, port=options.port)
-    sys.stdout.flush()  # this process becomes the trainer: with one rank there is nothing to launch
-    os.execve(
-        sys.executable, [sys.executable, "-m", "trainer", *rest], {**os.environ, **thread_environment(processes=1)}
-    )
+    if processes == 1 or {"-h", "--help"} & set(rest):
+        become_trainer(rest)
+    return launch("trainer.__main__", rest, processes=processes, port=options.port)

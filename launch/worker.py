@@ -1,4 +1,4 @@
-"""What `launch.local` starts for each rank: `python -m launch.worker MODULE [argument ...]` runs MODULE's `main(argv)`."""
+"""What `launch.local` starts for each rank: `python -m launch.worker MODULE [argument ...]` runs MODULE's main."""
 
 import ctypes
 import importlib
@@ -24,10 +24,10 @@ def die_with_launcher() -> None:
 
 
 def serve_store() -> object:
-    """On rank 0: the rendezvous on the socket that the launcher has bound. The caller keeps it for as long as the run lasts."""
+    """On rank 0: the rendezvous, on the socket that the launcher has bound. It lives as long as the object."""
     if "TANDEM_STORE_FD" not in os.environ:
         return None
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
     return TCPStore(
         os.environ["MASTER_ADDR"],

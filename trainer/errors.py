@@ -26,9 +26,9 @@ def to_stderr(text: str) -> None:
 def boundary(main: Callable[[list[str]], int], argv: list[str], *, report: Callable[[str], None] = to_stderr) -> int:
     """Runs `main(argv)` and returns the exit code of the process.
 
-    ValueError and OSError are the user's to mend: `tandem: error: ...` and 2. Ctrl-C is 130. Anything else is a bug: its
-    traceback and 1. `python -X dev` shows the traceback of a user's mistake too. `report` gets the text; a launcher of
-    several ranks passes its own, so that it can print the first failure only.
+    ValueError and OSError are the user's to mend: `tandem: error: ...` and 2. Ctrl-C is 130. Anything else is a bug:
+    its traceback and 1. `python -X dev` shows the traceback of a user's mistake too. `report` gets the text; a launcher
+    of several ranks passes its own, so that it can print the first failure only.
     """
     try:
         return main(argv)

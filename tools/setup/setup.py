@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import platform
 import shutil
 import subprocess
