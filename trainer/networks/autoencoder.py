@@ -30,7 +30,7 @@ class Pyramid:
     latent: int = 16
     """Latent dimensions (vector) or latent channels (map)."""
     latent_shape: Literal["vector", "map"] = "vector"
-    """vector: (latent,), by a linear layer. map: (latent, height / factor, width / factor), as in Rombach et al. 2022."""
+    """vector: (latent,), by a linear layer. map: (latent, height / factor, width / factor) (Rombach et al. 2022)."""
     blocks: int = 0
     """Residual blocks at each resolution; 0 suits 28 px, 1 or 2 suit 64 px and more."""
     norm: Norm = "group"
@@ -44,7 +44,7 @@ class Pyramid:
     @property
     def factor(self) -> int:
         """Image size over latent map size."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 1 << (len(self.multipliers) - 1)
 
     def check(self, image: ImageShape) -> None:
         """ValueError naming size, factor and the nearest sizes that work where the strides do not divide the image."""
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], parameters, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Weight of the last convolution: where Esser et al. 2021 (eq. 7) balance two losses."""
         return self.head.weight
 
@@ -151,7 +151,8 @@ class Autoencoder(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
+        """The decoder's."""
         return self.decoder.last_layer
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +180,7 @@ class Autoencoder(nn.Module):
         if prior is None:
             out["reconstruction"] = parameters
         else:
-            out["reconstruction"], out["sample"] = parameters.split([len(z), len(prior)])
+            out["reconstruction"], out["sample"] = torch.split(parameters, [len(z), len(prior)])
         if features:
             out["features"] = hidden[: len(z)]
         if self.log_scale is not None:
