@@ -33,6 +33,7 @@ from trainer.durable import (
     JSON,
     damage,
     entries,
+    exact,
     flush,
     manifest_text,
     read_manifest,
