@@ -184,7 +184,7 @@ class Autoencoder(nn.Module):
         if features:
             out["features"] = hidden[: len(z)]
         if self.log_scale is not None:
-            out["log_scale"] = self.log_scale.expand(len(z))
+            out["log_scale"] = self.log_scale.repeat(len(z))  # a view would escape no_grad
         return out
 
 

@@ -1,0 +1,100 @@
+"""Folded upsampling, normalisation and the posterior's clamp, each against its definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from trainer.networks import clamped_share, reparameterize
+from trainer.networks.blocks import UpConv, normalisation, posterior
+
+
+@given(
+    channels=st.integers(1, 9),
+    out=st.integers(1, 9),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=40, deadline=None)
+def test_upconv_is_nearest_upsampling_and_a_3x3_convolution(
+    channels: int, out: int, height: int, width: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = UpConv(channels, out).double()
+    x = torch.randn(2, channels, height, width, dtype=torch.float64, requires_grad=True)
+    plain = functional.conv2d(
+        functional.interpolate(x, scale_factor=2, mode="nearest"), layer.weight, layer.bias, padding=1
+    )
+    folded = layer(x)
+    # sums of 9 * channels products of order 1, in another order: some 81 roundings of 1e-16
+    torch.testing.assert_close(folded, plain, rtol=0, atol=1e-13)
+    direction = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, (x, layer.weight, layer.bias), direction)
+    given_ = torch.autograd.grad(folded, (x, layer.weight, layer.bias), direction)
+    for mine, theirs in zip(given_, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
+def test_upconv_of_a_flat_image_shows_no_checkerboard() -> None:
+    torch.manual_seed(0)
+    layer = UpConv(4, 4).double().requires_grad_(False)
+    inside = layer(torch.ones(1, 4, 6, 6, dtype=torch.float64))[..., 2:-2, 2:-2]
+    assert float((inside - inside[..., :1, :1]).abs().max()) < 1e-14
+    free = functional.conv_transpose2d(
+        torch.ones(1, 4, 6, 6, dtype=torch.float64), torch.randn(4, 4, 4, 4, dtype=torch.float64), stride=2, padding=1
+    )[..., 2:-2, 2:-2]
+    assert float((free - free[..., :1, :1]).abs().max()) > 0.1  # the measure sees the grid of an unfolded kernel
+
+
+@given(channels=st.integers(1, 200))
+@settings(max_examples=50, deadline=None)
+def test_group_norm_takes_any_number_of_channels_in_at_most_eight_groups(channels: int) -> None:
+    layer = normalisation("group", channels)
+    assert isinstance(layer, nn.GroupNorm)
+    assert 1 <= layer.num_groups <= 8 and channels % layer.num_groups == 0
+    if channels % 32 == 0:
+        assert layer.num_groups == 8
+    assert isinstance(normalisation("none", channels), nn.Identity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_runaway_logvar_keeps_deviation_kl_and_gradients_finite(dtype: torch.dtype) -> None:
+    raw_logvar = torch.tensor([-1000.0, -30.0, 0.0, 12.0, 20.0, 1000.0], dtype=dtype).view(-1, 1)
+    raw = torch.cat([torch.zeros_like(raw_logvar), raw_logvar], dim=1).requires_grad_()
+    mean, logvar = posterior(raw)
+    assert mean.dtype == logvar.dtype == torch.float32
+    assert logvar.flatten().tolist() == [-30.0, -30.0, 0.0, 12.0, 20.0, 20.0]
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+    assert kl[2].item() == 0.0
+    # 0.5 (e^20 - 21), to float32's 6e-8 relative
+    assert kl[4].item() == pytest.approx(242582587.2, rel=2e-7)
+    sample = reparameterize(mean, logvar, torch.ones_like(mean))
+    (gradient,) = torch.autograd.grad((kl + sample).sum(), raw, retain_graph=True)
+    # it goes back in the dtype of the encoder's output, and e^20 / 2 does not fit float16: there the update is skipped
+    assert sample.isfinite().all() and kl.isfinite().all()
+    if dtype != torch.float16:
+        assert gradient.isfinite().all()
+    wide = torch.autograd.grad((kl + sample).sum(), (mean, logvar))
+    assert all(g.isfinite().all() for g in wide)
+
+
+def test_the_share_of_clamped_values_shows_a_saturated_encoder() -> None:
+    raw = torch.tensor([[0.0, 0.0, 0.0, 0.0, -31.0, 1e4, 3.0, -29.0]])
+    assert clamped_share(posterior(raw)[1]).item() == 0.5
+    assert clamped_share(torch.zeros(3, 2)).item() == 0.0
+
+
+def test_a_logvar_that_is_not_a_number_is_not_hidden_by_the_clamp() -> None:
+    _, logvar = posterior(torch.tensor([[0.0, float("nan")]]))
+    assert logvar.isnan().all()
+
+
+def test_a_posterior_sample_has_the_posteriors_mean_and_deviation() -> None:
+    noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0))
+    sample = reparameterize(torch.full_like(noise, 3.0), torch.full_like(noise, 2.0), noise)
+    # deviation e; standard errors e / sqrt(n) = 0.006 and 0.004, five of each
+    assert sample.mean().item() == pytest.approx(3.0, abs=0.03)
+    assert sample.std().item() == pytest.approx(2.71828, abs=0.022)
