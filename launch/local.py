@@ -138,7 +138,7 @@ def watch(workers: Sequence[Worker], came: Sequence[int]) -> Worker | None:
     """Waits for all workers; returns the one that failed first, if any.
 
     After a failure the others are ended in seconds. After one Ctrl-C they have all the time that saving takes: a rank
-    that ends with 130 or 143 then has done as asked. After the second they are killed if they do not stop by themselves.
+    that ends with 130 or 143 then has done as asked. After the second they are killed if they do not stop on their own.
     """
     failed: Worker | None = None
     deadlines: list[tuple[float, int]] = []
