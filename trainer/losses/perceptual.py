@@ -9,7 +9,7 @@ more by the smallest whole factor, bilinear (28 becomes 84): on less, the deep l
 Weights are frozen; everything runs in float32 whatever autocast says.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +55,7 @@ class LPIPSVGGConfig:
 
     kind: Literal["lpips_vgg"] = "lpips_vgg"
     """LPIPS on VGG16."""
-    path: Path = Path("vgg16.safetensors")
+    path: Path = field(kw_only=True)
     """File with torchvision's VGG16 weights (features.N.weight, features.N.bias), .safetensors or .pth."""
     heads: Path | None = None
     """File with LPIPS' linear heads (lin0.model.1.weight ...), such as lpips' own vgg.pth; none: they lie in `path`."""
