@@ -1,0 +1,61 @@
+"""From a config to the parts of a run: shape, method, networks and their engines."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from trainer import optimizer
+from trainer.config import Config
+from trainer.data import Batch
+from trainer.methods import Method
+from trainer.networks import ImageShape
+from trainer.parallel.ddp import DDPEngine
+from trainer.parallel.engine import Engine
+from trainer.parallel.ranks import Ranks
+
+
+def image_shape(config: Config) -> ImageShape:
+    size = config.data.size
+    height, width = (size, size) if isinstance(size, int) else size
+    return ImageShape(config.data.channels, height, width)
+
+
+def build_method(config: Config, *, device: torch.device) -> Method:
+    """ValueError, naming the key, where networks, image size and batch do not fit together."""
+    return config.method.build(image=image_shape(config), batch=config.batch, device=device)
+
+
+def build_networks(method: Method, *, seed: int) -> dict[str, nn.Module]:
+    """New networks, the same on every rank and machine for a seed; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return method.networks()
+
+
+def build_engines(config: Config, method: Method, networks: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, Engine]:
+    return {
+        name: DDPEngine(
+            network,
+            optim=optimizer.resolve(config.optim, network=name, total=config.images),
+            ranks=ranks,
+            average=name in method.averaged,
+            compiled=config.compile,
+        )
+        for name, network in networks.items()
+    }
+
+
+def averages(engines: Mapping[str, Engine]) -> dict[str, nn.Module]:
+    """What is sampled and evaluated: the average where one is kept, the bare network elsewhere."""
+    return {
+        name: engine.network if engine.average is None else engine.average for name, engine in engines.items()
+    }
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A rank's share as micro-batches, in order; views, no copies."""
+    if parts == 1:
+        return [batch]
+    columns = (batch.image, batch.label, batch.position, batch.index, batch.weight)
+    return [Batch(*row) for row in zip(*(column.chunk(parts) for column in columns), strict=True)]

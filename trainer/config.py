@@ -1,0 +1,178 @@
+"""The whole configuration: typed, frozen, from one YAML file and dotted overrides; every error names the key.
+
+    config = load(Path("configs/vaegan_fashion.yaml"), ["optim.lr=2e-4"])
+
+default < file < command line. File and command line are read by one parser and checked by one schema, so a value means the
+same in both: 1e-4 is a number, `on` is text, and nothing is converted behind your back.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from trainer import config_errors, config_yaml
+from trainer.data import ShardsConfig
+from trainer.methods import MethodConfig
+from trainer.optimizer import OptimConfig
+from trainer.parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, what is kept, and how it goes on."""
+
+    every: int = 50_000
+    """Images from one checkpoint to the next; the last update is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Whether the checkpoint with the best evaluation (nll + kl where there is an ELBO) is kept too."""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint of the run's folder, else begin. must: refuse to begin. never: refuse to
+    go on. Or the path of a checkpoint."""
+    init_from: Path | None = None
+    """Checkpoint or run whose weights a new run begins with (fine-tuning); optimiser, average and clock start afresh."""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ValueError(f"keep_last: {self.keep_last} would keep no checkpoint; at least 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What the board and the terminal show, and how often."""
+
+    every: int = 5_000
+    """Images from one set of scalars to the next."""
+    pictures_every: int = 50_000
+    """Images from one set of sample grids, reconstructions and interpolations to the next."""
+    evaluate_every: int = 50_000
+    """Images from one evaluation on the test split to the next; 0 evaluates at the end only."""
+    evaluate_images: int = 2_000
+    """Test images of an evaluation during the run; the one at the end takes all."""
+    patience: int = 50
+    """Updates in a row that may be skipped for a gradient that is not finite before the run stops with an error."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    run: Path
+    """Folder of the run: checkpoints, board, pictures, the resolved config."""
+    images: int
+    """Budget: the run ends when it has seen so many."""
+    batch: int
+    """Images an update, over all ranks and micro-batches."""
+    data: ShardsConfig
+    """Where images come from."""
+    method: MethodConfig
+    """What is trained: vae, gan, vaegan, vaegan_larsen."""
+    seed: int = 0
+    """Of the weights, the order of the data, the noise, the augmentation."""
+    micro_batch: int | None = None
+    """Images a rank takes at a time; null takes its whole share of the batch. Smaller needs less memory, same result."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast for networks; losses, penalties, weights and averages stay float32."""
+    compile: bool = False
+    """torch.compile of the networks; penalties run past it."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimisers and averages."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks work together."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Board and terminal."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+
+    def share(self, world: int) -> int:
+        """Images of an update on each of `world` ranks. ValueError where they do not divide."""
+        if self.batch % world:
+            nearest = max(1, round(self.batch / world)) * world
+            raise ValueError(f"batch: {self.batch} does not divide among {world} ranks; nearest: {nearest}")
+        return self.batch // world
+
+    def micro_batches(self, world: int) -> int:
+        """Micro-batches of an update on each of `world` ranks. ValueError where they do not divide."""
+        share = self.share(world)
+        if self.micro_batch is None:
+            return 1
+        if self.micro_batch < 1 or share % self.micro_batch:
+            raise ValueError(
+                f"micro_batch: {self.micro_batch} does not divide a rank's share of {share} images "
+                f"(batch {self.batch} / {world} ranks)"
+            )
+        return share // self.micro_batch
+
+
+RESUMABLE = (
+    "run", "images", "micro_batch", "compile", "parallel", "checkpoint", "log", "optim.lr", "optim.discriminator.lr",
+    "data.path", "data.readers", "data.prefetch", "data.cache_mb",
+)  # fmt: skip
+"""Keys that may differ when a run goes on; each difference is one line in the log."""
+
+
+def load(path: Path, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]
+    """The config in `path` with `overrides` ("optim.lr=2e-4" or "--optim.lr=2e-4") on top.
+
+    Raises ValueError in one line: the file or "command line", the key, the nearest valid key."""
+    return parse(config_yaml.read(path), overrides, source=str(path))
+
+
+def parse(tree: dict[str, Any], overrides: list[str] = (), *, source: str) -> Config:  # type: ignore[assignment]
+    """`load` of a tree that is already read; `source` is named in errors."""
+    given = config_yaml.merge(tree, overrides)
+    try:
+        return _adapter().validate_json(config_yaml.to_json(tree), strict=True)
+    except ValidationError as error:
+        raise ValueError(config_errors.explain(error, Config, source=source, overrides=given)) from None
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The resolved config as plain values; `parse` takes it back."""
+    found = _adapter().dump_python(config, mode="json")
+    assert isinstance(found, dict)
+    return found
+
+
+def to_text(config: Config) -> str:
+    """The resolved config as YAML that `load` takes back."""
+    return config_yaml.write(to_tree(config))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 2e-4, ...} from a nested config."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def help_text(config: Config | None, *, program: str, usage: str) -> str:
+    """Every key with its type, its meaning and the value that `config` gives it."""
+    default = config if config is not None else tyro.MISSING
+    return usage + "\n" + config_errors.strip_usage(
+        tyro.extras.get_parser(Config, default=default, prog=program, config=(tyro.conf.AvoidSubcommands,)).format_help()
+    )
+
+
+def _adapter() -> "TypeAdapter[Config]":
+    if not _ADAPTER:
+        config_errors.forbid_unknown(Config)
+        _ADAPTER.append(TypeAdapter(Config))
+    return _ADAPTER[0]
+
+
+_ADAPTER: list["TypeAdapter[Config]"] = []
+
+assert dataclasses.is_dataclass(Config)

@@ -1,0 +1,126 @@
+"""What a wrong config answers: one line with the file, the key and the nearest valid key."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ConfigDict, ValidationError
+
+SYNONYMS = {
+    "learning_rate": "lr", "batch_size": "batch", "epochs": "images", "num_epochs": "images", "steps": "images",
+    "max_steps": "images", "beta": "weight", "output_dir": "run", "dataset": "data", "model": "method",
+    "accumulate": "micro_batch", "gradient_accumulation_steps": "micro_batch", "mixed_precision": "precision",
+    "grad_clip": "clip", "random_seed": "seed", "kl_weight": "kl.weight", "disc_start": "adversarial_from",
+}  # fmt: skip
+"""What other trainers call a key: a spelling that no edit distance finds."""
+
+
+def forbid_unknown(root: type) -> None:
+    """Makes pydantic refuse unknown keys, and inf and nan, in every dataclass that `root` reaches."""
+    for cls in _dataclasses(root):
+        cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def explain(error: ValidationError, root: type, *, source: str, overrides: dict[str, str]) -> str:
+    """All of pydantic's complaints, each as `file: key: what is wrong; nearest key`, joined by semicolons."""
+    return "; ".join(_one(detail, root, source=source, overrides=overrides) for detail in error.errors())
+
+
+def _one(detail: Any, root: type, *, source: str, overrides: dict[str, str]) -> str:
+    path = _without_tags(detail["loc"], root)
+    key = ".".join(path)
+    given = next((given for given in overrides if given == key or given.startswith(f"{key}.")), None)
+    where = "command line" if given else source
+    kind = detail["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{where}: unknown key {key}{_nearest(path, root)}"
+    if kind in ("missing", "missing_argument"):
+        return f"{where}: key {key} is missing"
+    if kind == "union_tag_not_found":
+        return f"{where}: {key}.kind is missing: one of {detail['ctx'].get('expected_tags', _kinds(path, root))}"
+    if kind == "union_tag_invalid":
+        tag, expected = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
+        close = difflib.get_close_matches(tag, [name.strip("' ") for name in expected.split(",")], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{where}: {key}.kind: no {tag!r} here, only {expected}{hint}"
+    if kind == "value_error":
+        text = str(detail["ctx"]["error"])
+        return f"{where}: {key}.{text}" if key else f"{where}: {text}"
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    value = detail["input"]
+    shown = "" if isinstance(value, (dict, list)) else f", not {value!r}"
+    return f"{where}: {key}: {message}{shown}"
+
+
+def _without_tags(loc: tuple[str | int, ...], root: type) -> list[str]:
+    """pydantic's location without the tags of unions that it puts between a key and the next."""
+    path: list[str] = []
+    members: tuple[Any, ...] = (root,)
+    for part in loc:
+        tags = {getattr(member, "kind", None) for member in members}
+        if len(members) > 1 and part in tags:
+            members = tuple(member for member in members if getattr(member, "kind", None) == part)
+            continue
+        path.append(str(part))
+        hints = [typing.get_type_hints(m).get(str(part)) for m in members if dataclasses.is_dataclass(m)]
+        members = tuple(member for hint in hints if hint is not None for member in _members(hint))
+    return path
+
+
+def _nearest(path: list[str], root: type) -> str:
+    wrong = path[-1]
+    every = list(_keys(root))
+    siblings = [key for key in every if key.split(".")[:-1] == path[:-1]]
+    leaves = {key.split(".")[-1]: key for key in siblings}
+    close = difflib.get_close_matches(wrong.replace("-", "_"), leaves, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {leaves[close[0]]}?"
+    name = SYNONYMS.get(wrong.replace("-", "_"), wrong)
+    elsewhere = [key for key in every if key == name or key.endswith(f".{name}")]
+    if not elsewhere:
+        every_leaf = {key.split(".")[-1]: key for key in reversed(every)}
+        close = difflib.get_close_matches(name, every_leaf, n=1, cutoff=0.75)
+        elsewhere = [every_leaf[close[0]]] if close else []
+    if elsewhere:
+        return f"; did you mean {min(elsewhere, key=lambda key: (key.count('.'), key))}?"
+    return f"; valid here: {', '.join(leaves)}" if leaves else ""
+
+
+def _kinds(path: list[str], root: type) -> str:
+    return ", ".join(sorted({key for key in _keys(root) if key.startswith(".".join(path))}))
+
+
+def _keys(root: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a config can have, all members of a union included."""
+    for name, hint in typing.get_type_hints(root).items():
+        yield f"{prefix}{name}"
+        for member in _members(hint):
+            if dataclasses.is_dataclass(member):
+                assert isinstance(member, type)
+                yield from _keys(member, f"{prefix}{name}.")
+
+
+def _dataclasses(root: type) -> Iterator[Any]:
+    yield root
+    for hint in typing.get_type_hints(root).values():
+        for member in _members(hint):
+            if dataclasses.is_dataclass(member):
+                assert isinstance(member, type)
+                yield from _dataclasses(member)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) is typing.Annotated:
+        return _members(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(member for part in typing.get_args(hint) for member in _members(part))
+    return (hint,)
+
+
+def strip_usage(text: str) -> str:
+    """argparse's help without its usage paragraph, which lists every flag in one heap."""
+    _, _, rest = text.partition("\n\n")
+    return rest

@@ -1,0 +1,64 @@
+"""What a method is worth on the test split, measured on all ranks from the averaged weights."""
+
+from collections.abc import Mapping
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from trainer.data import Stream, to_device
+from trainer.kernels import noise
+from trainer.losses.reconstruction import bits_per_dim
+from trainer.methods import Method
+from trainer.metrics import psnr
+from trainer.metrics.latent import ActiveUnits
+from trainer.networks import ImageShape
+from trainer.parallel.ranks import Ranks
+
+SEED = 0  # of the posterior samples: two evaluations of one model agree exactly, whatever the run's seed
+
+
+@torch.no_grad()
+def evaluate(
+    method: Method,
+    networks: Mapping[str, nn.Module],
+    stream: Stream,
+    *,
+    image: ImageShape,
+    batch: int,
+    limit: int | None,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Means over the test split, or its first `limit` images; {} for a method without an encoder. A collective.
+
+    psnr (dB): of reconstructions from the posterior mean, mean over images. nll, kl, nelbo (nats an image): of one
+    posterior sample, seed fixed. bits_per_dim: of the nelbo. active_units: Burda et al. 2016, threshold 0.01.
+    """
+    if not hasattr(method, "encode"):
+        return {}
+    sums: dict[str, Tensor] = {}
+    units = ActiveUnits()
+    steps = None if limit is None else -(-limit // batch)
+    for raw in islice(stream.evaluation(batch), steps):
+        given = to_device(raw, device=ranks.device, flip=False, seed=SEED)
+        weight = given.weight.double()
+        mean, _ = method.encode(networks, given.image)
+        values = {"psnr": psnr(method.decode(networks, mean), given.image), "count": torch.ones_like(weight)}
+        if hasattr(method, "elbo"):
+            draws = noise.normal(SEED, "evaluation", given.index, method.latent_size)
+            values["nll"], values["kl"] = method.elbo(networks, given.image, draws)
+        for name, value in values.items():
+            total = (value.double() * weight).sum()
+            sums[name] = sums[name] + total if name in sums else total
+        units.add(mean[given.weight > 0])
+    names = sorted(sums)
+    total = ranks.sum(torch.stack([sums[name] for name in names]))
+    found = dict(zip(names, total.tolist(), strict=True))
+    count = found.pop("count")
+    found = {name: value / count for name, value in found.items()}
+    if "nll" in found:
+        found["nelbo"] = found["nll"] + found["kl"]
+        found["bits_per_dim"] = bits_per_dim(found["nelbo"], dims=image.dims, discrete=method.likelihood.discrete)
+    found["active_units"] = float(units.merged(ranks.sum).count())
+    found["images"] = count
+    return found

@@ -1,0 +1,72 @@
+"""Watches over a run: signals that ask it to stop, and updates that were skipped for a gradient that is not finite."""
+
+import os
+import signal
+from collections.abc import Mapping
+from types import FrameType, TracebackType
+
+import torch
+from torch import Tensor
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+class Signals:
+    """`with Signals() as signals:` a first SIGINT or a SIGTERM sets `signals.stop`; a second SIGINT ends the process.
+
+    A handler only notes: what is done about it is done between two updates, on all ranks alike."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.code = 0
+        """Exit code that the shell expects of a run ended by this signal."""
+        self._interrupts = 0
+        self._before: dict[int, object] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.stop, self.code = True, 128 + number
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                os._exit(INTERRUPTED)  # the user does not want to wait for a save, nor for peers
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+class NonFinite:
+    """Counts skipped updates a network; the count is the same on all ranks, since the gradient was."""
+
+    PREFIX = "skipped/"
+
+    def __init__(self, *, patience: int) -> None:
+        self.patience = patience
+        self.total: dict[str, int] = {}
+        self._row: dict[str, int] = {}
+
+    def look(self, kept: Mapping[str, list[Tensor]], *, images: int) -> None:
+        """Takes the notes since the last look. ValueError after `patience` skipped updates of a network in a row."""
+        for name, notes in kept.items():
+            if not name.startswith(self.PREFIX):
+                continue
+            phase = name.removeprefix(self.PREFIX)
+            for skipped in torch.stack(notes).tolist():
+                self._row[phase] = self._row.get(phase, 0) + 1 if skipped else 0
+                self.total[phase] = self.total.get(phase, 0) + int(skipped)
+                if self._row[phase] >= self.patience:
+                    raise ValueError(
+                        f"{phase}: the gradients of {self.patience} updates in a row were not finite, at {images} images; "
+                        "the checkpoint before it is whole: lower optim.lr, set optim.clip, or look at the data"
+                    )
+
+    def export(self) -> dict[str, int]:
+        return dict(self.total)
+
+    def load(self, total: Mapping[str, int]) -> None:
+        self.total = dict(total)

@@ -1,0 +1,121 @@
+"""VAE: Kingma and Welling 2014, "Auto-Encoding Variational Bayes"; beta: Higgins et al. 2017."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer import progress
+from trainer.data import Batch
+from trainer.losses.balance import Balance, BalanceConfig, Term
+from trainer.losses.divergence import free_bits, kl, kl_per_dimension
+from trainer.losses.reconstruction import Bernoulli, Likelihood
+from trainer.networks import Autoencoder, AutoencoderConfig, ImageShape
+from trainer.networks.autoencoder import latent_size
+from trainer.phase import Run
+
+if TYPE_CHECKING:
+    from trainer.methods.vaegan import VAEGANConfig
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """The divergence's part in the loss."""
+
+    weight: float = 1.0
+    """beta: 1 is the ELBO. A sum over latent dimensions in nats against a sum over pixels in nats (losses/README.md)."""
+    warmup: int = 0
+    """Images over which the weight rises from 0; 0 starts in full."""
+    schedule: Literal["linear", "cyclic"] = "linear"
+    """linear: once, over `warmup`. cyclic: again and again with period `warmup`, rising in its first half (Fu et al. 2019)."""
+    free_bits: float = 0.0
+    """Nats a latent dimension that cost nothing (Kingma et al. 2016)."""
+
+    def weight_at(self, images: int) -> float:
+        """beta at `images` images seen."""
+        if self.warmup == 0:
+            return self.weight
+        if self.schedule == "cyclic":
+            return self.weight * progress.cyclic(images, period=self.warmup)
+        return self.weight * progress.ramp(images, start=0, length=self.warmup)
+
+    def term(self, run: Run, mean: Tensor, logvar: Tensor) -> Term:
+        """The KL's term at the run's clock; notes the plain KL in nats."""
+        if self.free_bits == 0:
+            value = kl(mean, logvar)
+            run.note("kl/nats", value)
+        else:
+            dimensions = kl_per_dimension(mean, logvar)
+            run.note("kl/nats", dimensions.sum(1))
+            value = free_bits(dimensions, self.free_bits)
+        return Term(value, weight=self.weight_at(run.images))
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Encoder, decoder, evidence lower bound."""
+
+    kind: Literal["vae"] = "vae"
+    """Kingma and Welling 2014."""
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """The network."""
+    likelihood: Likelihood = field(default_factory=Bernoulli)
+    """p(x|z)."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """KL(q(z|x) || p(z)) and its weight."""
+
+    def build(self, *, image: ImageShape, batch: int, device: torch.device) -> "VAE":
+        """batch: the global one; device: where frozen feature networks go. A plain VAE has neither."""
+        return VAE(self, image=image)
+
+
+class VAE:
+    """Also what a VAE-GAN is without its discriminator."""
+
+    averaged = ("autoencoder",)
+
+    def __init__(self, config: "VAEConfig | VAEGANConfig", *, image: ImageShape) -> None:
+        self.config, self.likelihood, self.image = config, config.likelihood, image
+        self.balance = Balance(BalanceConfig(kind="none"))
+
+    def networks(self) -> dict[str, nn.Module]:
+        parameters = self.likelihood.parameters(self.image.channels)
+        network = self.config.autoencoder.build(
+            image=self.image, parameters=parameters, learn_scale=self.likelihood.learn_scale
+        )
+        return {"autoencoder": network}
+
+    def phases(self, images: int) -> tuple[str, ...]:
+        return ("autoencoder",)
+
+    def autoencoder(self, batch: Batch, run: Run) -> dict[str, Term]:
+        noise = run.normal("posterior", self.latent_size)
+        out = run("autoencoder", batch.image, noise)
+        nll = self.likelihood.nll(out.reconstruction, batch.image, getattr(out, "log_scale", None))
+        return {"nll": Term(nll), "kl": self.config.kl.term(run, out.mean, out.logvar)}  # eq. 10: minus the ELBO
+
+    # ------------------------------------------------------------------ what a trained model does
+    @property
+    def latent_size(self) -> tuple[int, ...]:
+        return latent_size(self.config.autoencoder, self.image)
+
+    def decode(self, networks: Mapping[str, nn.Module], z: Tensor) -> Tensor:
+        """(B, *latent_size) -> the likelihood's mean, images (B, C, H, W) in [-1, 1]."""
+        return self.likelihood.mean(_autoencoder(networks).decode(z))
+
+    def encode(self, networks: Mapping[str, nn.Module], image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logvar of the posterior, (B, *latent_size) each."""
+        return _autoencoder(networks).encode(image)
+
+    def elbo(self, networks: Mapping[str, nn.Module], image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(nll, kl) in nats an image, (B,) each, at one posterior sample (B, *latent_size): the ELBO is minus their sum."""
+        out = networks["autoencoder"](image, noise)
+        return self.likelihood.nll(out["reconstruction"], image, out.get("log_scale")), kl(out["mean"], out["logvar"])
+
+
+def _autoencoder(networks: Mapping[str, nn.Module]) -> Autoencoder:
+    network = networks["autoencoder"]
+    assert isinstance(network, Autoencoder)
+    return network

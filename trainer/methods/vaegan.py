@@ -1,0 +1,119 @@
+"""VAE-GAN in the lineage of latent diffusion's autoencoder: Esser et al. 2021 (VQGAN), Rombach et al. 2022 (LDM).
+
+Reconstruction + perceptual distance + KL, and a discriminator that sees reconstructions, prior samples, or both.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trainer import progress
+from trainer.data import Batch
+from trainer.losses.balance import Balance, BalanceConfig, Term
+from trainer.losses.perceptual import AnyPerceptualConfig, NoPerceptualConfig
+from trainer.losses.reconstruction import Laplace, Likelihood
+from trainer.methods.critic import Critic, CriticConfig
+from trainer.methods.vae import VAE, KLConfig
+from trainer.networks import AnyDiscriminatorConfig, AutoencoderConfig, ImageShape, PatchDiscriminatorConfig
+from trainer.phase import Run
+
+
+@dataclass(frozen=True)
+class VAEGANConfig:
+    """Autoencoder with a discriminator on its images."""
+
+    kind: Literal["vaegan"] = "vaegan"
+    """Esser et al. 2021, Rombach et al. 2022."""
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """The network that is kept."""
+    discriminator: Annotated[AnyDiscriminatorConfig, Field(discriminator="kind")] = field(
+        default_factory=PatchDiscriminatorConfig
+    )
+    """Image to logits."""
+    likelihood: Likelihood = field(default_factory=Laplace)
+    """p(x|z): the reconstruction loss in nats."""
+    perceptual: Annotated[AnyPerceptualConfig, Field(discriminator="kind")] = field(default_factory=NoPerceptualConfig)
+    """Distance on the features of a pretrained network, part of the reconstruction loss that the balance refers to."""
+    perceptual_weight: float = 1.0
+    """Weight of that distance, which is a mean over the image, against the nll, which is a sum."""
+    kl: KLConfig = field(default_factory=lambda: KLConfig(weight=1e-6))
+    """KL(q(z|x) || p(z)); 1e-6 in Rombach et al. 2022."""
+    critic: CriticConfig = field(default_factory=lambda: CriticConfig(loss="hinge"))
+    """The game."""
+    balance: BalanceConfig = field(default_factory=lambda: BalanceConfig(kind="last_layer", smoothing=0.0))
+    """How the adversarial loss is brought to the scale of the reconstruction loss."""
+    adversarial_weight: float = 0.5
+    """Weight of the adversarial loss at reconstructions, after the balance."""
+    prior_weight: float = 0.0
+    """The same at samples from the prior, as a multiple of adversarial_weight; 0: the discriminator sees reconstructions."""
+    discriminator_learns_from: int = 0
+    """Images seen before the discriminator's first update."""
+    adversarial_from: int = 0
+    """Images seen before the autoencoder feels the discriminator."""
+    adversarial_ramp: int = 0
+    """Images over which adversarial_weight then rises from 0."""
+
+    def __post_init__(self) -> None:
+        if self.adversarial_from < self.discriminator_learns_from:
+            raise ValueError(
+                f"adversarial_from: at {self.adversarial_from} images the autoencoder would feel a discriminator that "
+                f"learns from {self.discriminator_learns_from} on; let it learn first"
+            )
+
+    def build(self, *, image: ImageShape, batch: int, device: torch.device) -> "VAEGAN":
+        """batch: the global one, which turns penalty_interval into updates; device: of frozen feature networks."""
+        return VAEGAN(self, image=image, batch=batch, device=device)
+
+
+class VAEGAN(VAE):
+    """A VAE whose decoder also plays against a discriminator."""
+
+    def __init__(self, config: VAEGANConfig, *, image: ImageShape, batch: int, device: torch.device) -> None:
+        super().__init__(config, image=image)
+        self.settings = config
+        self.critic = Critic(config.critic, batch=batch)
+        self.balance = Balance(config.balance)
+        self.perceptual = config.perceptual.build(device)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {
+            **super().networks(),
+            "discriminator": self.settings.discriminator.build(image=self.image),
+        }
+
+    def phases(self, images: int) -> tuple[str, ...]:
+        learns = images >= self.settings.discriminator_learns_from
+        return ("discriminator", "autoencoder") if learns else ("autoencoder",)
+
+    def discriminator(self, batch: Batch, run: Run) -> dict[str, Term]:
+        out = run.shared("autoencoder", *self._inputs(batch, run))  # the graph waits for its own phase
+        return self.critic.discriminate(run, batch.image, self._images(out))
+
+    def autoencoder(self, batch: Batch, run: Run) -> dict[str, Term]:
+        out = run("autoencoder", *self._inputs(batch, run))
+        nll = self.likelihood.nll(out.reconstruction, batch.image, getattr(out, "log_scale", None))
+        terms = {"nll": Term(nll), "kl": self.settings.kl.term(run, out.mean, out.logvar)}
+        fakes = self._images(out)
+        if self.perceptual is not None:
+            terms["perceptual"] = Term(self.perceptual.distance(fakes[0], batch.image), weight=self.settings.perceptual_weight)
+        level = progress.ramp(run.images, start=self.settings.adversarial_from, length=self.settings.adversarial_ramp)
+        if level > 0:
+            weight = level * self.settings.adversarial_weight
+            at = self.critic.fool(run, batch.image, fakes)
+            terms["adversarial"] = Term(at[0], weight=weight, group="adversarial")
+            if len(at) > 1:
+                terms["adversarial_prior"] = Term(at[1], weight=weight * self.settings.prior_weight, group="adversarial")
+        return terms
+
+    def _inputs(self, batch: Batch, run: Run) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        noise = run.normal("posterior", self.latent_size)
+        prior = run.normal("prior", self.latent_size) if self.settings.prior_weight > 0 else None
+        return batch.image, noise, prior, self.settings.balance.kind == "last_layer"
+
+    def _images(self, out: object) -> list[Tensor]:
+        """What the discriminator sees: reconstructions, then prior samples where they are drawn."""
+        names = ("reconstruction", "sample") if self.settings.prior_weight > 0 else ("reconstruction",)
+        return [self.likelihood.mean(getattr(out, name)) for name in names]

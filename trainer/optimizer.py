@@ -1,0 +1,148 @@
+"""The optimiser of one network: its config, its learning rate as a function of the clock, its state by name."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer import progress
+
+
+@dataclass(frozen=True)
+class CriticOptim:
+    """What the discriminator does differently; null takes the value of `optim`."""
+
+    lr: float | None = None
+    """Learning rate of the discriminator (per update)."""
+    betas: tuple[float, float] | None = None
+    """Adam's betas of the discriminator; (0, 0.99) is the habit of StyleGAN and R3GAN."""
+    clip: float | None = None
+    """Largest gradient norm of the discriminator."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """One optimiser a network, the same rules for all of them."""
+
+    algorithm: Literal["adam", "adamw", "sgd"] = "adam"
+    """Update rule; torch's fused implementation."""
+    lr: float = 2e-4
+    """Learning rate after warm-up (per update). Never scaled with the batch behind your back."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Adam's decay rates of the first and second moment; SGD takes the first as momentum."""
+    eps: float = 1e-8
+    """Adam's denominator offset."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw, L2 for adam and sgd."""
+    warmup: int = 0
+    """Images over which the rate rises linearly from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay down to `floor` at the end of the budget."""
+    hold: float = 0.5
+    """Share of the budget before the decay begins."""
+    floor: float = 0.02
+    """Rate at the end of the decay, as a share of `lr`."""
+    clip: float | None = None
+    """Largest gradient norm of a network's update; null does not clip. The norm is logged either way."""
+    ema_half_life: int = 4000
+    """Images after which a weight's share in the average has halved; 0 keeps no average."""
+    ema_ramp: float = 0.05
+    """The half-life is at most this share of the images seen (Karras et al. 2020), so an early average is usable."""
+    discriminator: CriticOptim = field(default_factory=CriticOptim)
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "ema_ramp"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be above 0")
+        if not 0 <= self.hold < 1:
+            raise ValueError(f"hold: {self.hold} is a share of the budget, 0 <= hold < 1")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip: {self.clip} must be above 0; null switches clipping off")
+
+
+@dataclass(frozen=True)
+class NetworkOptim:
+    """`OptimConfig` resolved for one network and one budget."""
+
+    config: OptimConfig
+    lr: float
+    betas: tuple[float, float]
+    clip: float | None
+    total: int
+
+    def rate(self, images: int) -> float:
+        """Learning rate of the update that begins at `images` images seen."""
+        warm = 1.0 if self.config.warmup == 0 else min(1.0, (images + 1) / self.config.warmup)
+        fall = progress.decay(
+            images, total=self.total, hold=self.config.hold, floor=self.config.floor, shape=self.config.decay
+        )
+        return self.lr * warm * fall
+
+    def ema_decay(self, images: int, *, batch: int) -> float:
+        """Weight of the old average in the update of `batch` images that begins at `images`."""
+        half_life = min(float(self.config.ema_half_life), self.config.ema_ramp * images)
+        return 0.5 ** (batch / half_life) if half_life > 0 else 0.0
+
+
+def resolve(config: OptimConfig, *, network: str, total: int) -> NetworkOptim:
+    """The optimiser settings of `network` in a run of `total` images."""
+    own = config.discriminator if network == "discriminator" else CriticOptim()
+    return NetworkOptim(
+        config=config,
+        lr=config.lr if own.lr is None else own.lr,
+        betas=config.betas if own.betas is None else own.betas,
+        clip=config.clip if own.clip is None else own.clip,
+        total=total,
+    )
+
+
+def build(parameters: list[nn.Parameter], optim: NetworkOptim) -> torch.optim.Optimizer:
+    """torch's fused optimiser, which can skip a non-finite update on the device (found_inf) without waiting for it."""
+    config = optim.config
+    if config.algorithm == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=optim.lr, momentum=optim.betas[0], weight_decay=config.weight_decay, fused=True
+        )
+    kind = torch.optim.Adam if config.algorithm == "adam" else torch.optim.AdamW
+    return kind(
+        parameters, lr=optim.lr, betas=optim.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def export_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """The optimiser's tensors as "exp_avg.decoder.0.weight" and the like: named by parameter, whole, on the CPU."""
+    (group,) = optimizer.param_groups
+    found = {}
+    for name, parameter in zip(names, group["params"], strict=True):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                found[f"{key}.{name}"] = value.detach().to("cpu", copy=True)
+    return found
+
+
+def load_state(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `export_state`; `tensors` may be empty (no update was taken yet).
+
+    Raises ValueError for a name that is no parameter's, or for parameters without state beside others with one."""
+    (group,) = optimizer.param_groups
+    by_name = dict(zip(names, group["params"], strict=True))
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if name not in by_name:
+            raise ValueError(f"optimizer state {key!r} belongs to no parameter of this network")
+        like = by_name[name]
+        device = "cpu" if kind == "step" and like.device.type == "cpu" else like.device
+        found.setdefault(name, {})[kind] = value.to(device=device, copy=True).contiguous(
+            memory_format=torch.preserve_format
+        )
+    if found and len(found) != len(by_name):
+        missing = sorted(set(by_name) - set(found))
+        raise ValueError(f"optimizer state is missing for {len(missing)} parameters, the first is {missing[0]!r}")
+    for name, state in found.items():
+        target = by_name[name]
+        for kind, value in state.items():
+            if value.shape == target.shape:  # a moment lies in memory as its parameter does
+                state[kind] = torch.empty_like(target, dtype=value.dtype, requires_grad=False).copy_(value)
+        optimizer.state[target] = state

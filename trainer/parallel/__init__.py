@@ -1,0 +1,9 @@
+"""Engines: how a network's outputs' gradients become an update, on one process or many. See README.md.
+
+The only importer of accelerate (and later deepspeed), and with launch/ the only reader of environment variables.
+"""
+
+from trainer.parallel.config import PARALLEL, DDPConfig, ParallelConfig
+from trainer.parallel.engine import Applied, Engine
+
+__all__ = ["PARALLEL", "Applied", "DDPConfig", "Engine", "ParallelConfig"]

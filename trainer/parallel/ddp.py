@@ -1,0 +1,109 @@
+"""One network under one process or DistributedDataParallel, made through Accelerate."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer import optimizer
+from trainer.resume import match
+from trainer.parallel.engine import Applied
+from trainer.parallel.ranks import Ranks
+
+T = TypeVar("T")
+
+
+class DDPEngine:
+    """See `Engine`. Gradients are averaged over ranks by DDP; each rank hands over those of its own mean.
+
+    Buffers are not exchanged during training: DDP would broadcast them in the middle of a step (which breaks two passes
+    before one backward, pytorch#175024). Each rank's follow its own data; `export` stores their mean over ranks.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, optim: optimizer.NetworkOptim, ranks: Ranks, average: bool, compiled: bool
+    ) -> None:
+        network.to(ranks.device, memory_format=torch.channels_last)
+        names = [name for name, _ in network.named_buffers()]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
+        self.average: nn.Module | None = None
+        if average and optim.config.ema_half_life > 0:
+            self.average = copy.deepcopy(network).requires_grad_(False).eval()
+            self.averaged = list(self.average.parameters())
+        if compiled:
+            network.compile()  # in place: the names in a checkpoint stay those of the bare network
+        self.network, self.optim, self.ranks = network, optim, ranks
+        self.wrapped = ranks.accelerator.prepare_model(network)
+        self.names = [name for name, _ in network.named_parameters()]
+        self.parameters = list(network.parameters())
+        self.optimizer = optimizer.build(self.parameters, optim)
+
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if last or self.ranks.world == 1 else self.wrapped.no_sync()
+
+    def run(self, call: Callable[[Any], T], *, last: bool, eager: bool = False) -> T:
+        stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
+        with self._sync(last), stance:
+            return call(self.wrapped)
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
+        with self._sync(last):
+            torch.autograd.backward(outputs, gradients)
+
+    def rate(self, images: int) -> float:
+        return self.optim.rate(images)
+
+    @torch.no_grad()
+    def step(self, images: int, *, batch: int) -> Applied:
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        finite = torch.isfinite(norm)
+        # what torch's fused optimisers read from a GradScaler: a skipped update costs no wait for the device
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        if self.optim.clip is not None:
+            self.optimizer.grad_scale = (norm / self.optim.clip).clamp_(min=1.0)  # type: ignore[attr-defined]
+        self.optimizer.param_groups[0]["lr"] = self.optim.rate(images)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            keep = self.optim.ema_decay(images, batch=batch)
+            torch._foreach_lerp_(self.averaged, self.parameters, 1.0 - keep)
+            for mine, live in zip(self.average.buffers(), self.network.buffers(), strict=True):
+                mine.copy_(live)
+        return Applied(applied=finite.float(), norm=norm)
+
+    def export(self) -> dict[str, dict[str, Tensor]]:
+        self._settle_buffers()
+        found = {"": _state(self.network), "optimizer": optimizer.export_state(self.optimizer, self.names)}
+        if self.average is not None:
+            found["ema"] = _state(self.average)
+        return found
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        targets = {"": self.network} | ({"ema": self.average} if self.average is not None else {})
+        for key, module in targets.items():
+            state = module.state_dict()
+            match(state, tensors.get(key, {}), what=f"network weights{f' ({key})' if key else ''}")
+            with torch.no_grad():
+                for name, tensor in state.items():
+                    tensor.copy_(tensors[key][name])
+        optimizer.load_state(self.optimizer, self.names, dict(tensors.get("optimizer", {})))
+
+    def _settle_buffers(self) -> None:
+        for buffer in self.network.buffers():
+            if self.ranks.world == 1:
+                return
+            if buffer.is_floating_point():
+                self.ranks.sum(buffer).div_(self.ranks.world)
+            else:
+                dist.broadcast(buffer, src=0)
+        if self.average is not None:
+            for mine, live in zip(self.average.buffers(), self.network.buffers(), strict=True):
+                mine.copy_(live)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in module.state_dict().items()}

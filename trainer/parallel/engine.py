@@ -1,0 +1,48 @@
+"""The interface that methods, step and loop see; backends implement it and nothing else knows which one runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Applied(NamedTuple):
+    """What an update did, as tensors on the device so that nobody waits for them."""
+
+    applied: Tensor
+    """Float 1 if the update was taken, 0 if it was skipped because its gradient was not finite; the same on all ranks."""
+    norm: Tensor
+    """Norm of the whole gradient before clipping, float32."""
+
+
+class Engine(Protocol):
+    """One network and its optimiser."""
+
+    network: nn.Module
+    """The bare network: what other phases look through, never wrapped."""
+    average: nn.Module | None
+    """Its exponential moving average in float32 and eval mode; None where none is kept."""
+
+    def run(self, call: Callable[[Any], T], *, last: bool, eager: bool = False) -> T:
+        """`call(network)` through the wrapper, so that its backward reduces gradients.
+
+        last: whether this is the last micro-batch of the update. eager: past torch.compile, for double backward."""
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
+        """Hands over the gradient of the global mean loss at the outputs; ranks are averaged at the last micro-batch."""
+
+    def step(self, images: int, *, batch: int) -> Applied:
+        """Clips, updates and averages the weights, for the update of `batch` images that begins at `images`."""
+
+    def rate(self, images: int) -> float:
+        """Learning rate of the update that begins at `images`."""
+
+    def export(self) -> dict[str, dict[str, Tensor]]:
+        """Whole tensors on the CPU by the bare network's names: {"": weights, "ema": ..., "optimizer": ...}.
+
+        A collective: every rank calls it."""
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `export`, strict. Raises ValueError for names or shapes of another network."""

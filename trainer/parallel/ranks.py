@@ -1,0 +1,86 @@
+"""The processes of a run: who we are, on which device, and the few exchanges that are no gradient."""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor
+
+from trainer.parallel.config import DDPConfig
+from trainer.parallel.launcher import asked_processes
+
+
+class Ranks:
+    """This process among the others. Made once, before anything is allocated."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        started = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if started else 0
+        self.world = dist.get_world_size() if started else 1
+        self.device: torch.device = accelerator.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: over the CPU, so that no GPU is waited for."""
+        if self.world == 1:
+            return flag
+        found = torch.tensor(float(flag))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
+
+    def first(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank."""
+        if self.world == 1:
+            return value
+        data = json.dumps(value).encode() if self.rank == 0 else b""
+        size = torch.tensor(len(data))
+        dist.broadcast(size, src=0)
+        payload = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        payload = payload if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(payload, src=0)
+        return json.loads(payload.numpy().tobytes())
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(()))  # over the CPU group: no GPU needs to have been chosen yet
+
+    def close(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(config: DDPConfig) -> Ranks:
+    """Joins the process group that the launcher announced.
+
+    Raises ValueError when fewer or more processes came up than the config or the launcher asked for, or when the launcher
+    asks for a backend that the config does not name.
+    """
+    asked = asked_processes()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # autocast is the step's own: Accelerate would patch forward() of the bare networks too
+        dynamo_backend="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))],
+    )
+    ranks = Ranks(accelerator)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        kind = accelerator.distributed_type.value
+        raise ValueError(f"parallel.kind: the launcher asks for {kind}, the config for ddp; launch without it")
+    if asked is not None and asked[0] != ranks.world:
+        raise ValueError(
+            f"{asked[0]} processes were asked for by {asked[1]}, {ranks.world} came up; start them with "
+            f"`tandem train CONFIG --processes {asked[0]}`, or `torchrun --nproc-per-node {asked[0]} -m trainer CONFIG`"
+        )
+    if config.processes is not None and config.processes != ranks.world:
+        raise ValueError(f"parallel.processes: {config.processes} were asked for, {ranks.world} came up")
+    return ranks

@@ -1,0 +1,144 @@
+"""What a phase sees: the network that it trains as leaves, the others frozen, its noise by position.
+
+A phase computes its losses on leaves, copies of its network's outputs that are cut from the graph. So no loss can reach a
+network that it should not reach, and the network is traversed backward once, however many losses were weighed.
+"""
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.data import Batch
+from trainer.kernels import noise
+from trainer.losses.balance import Balance, Term
+from trainer.parallel.engine import Engine
+
+Outputs = dict[str, Tensor]
+
+
+class Run:
+    """One update as its phases see it. `begin` is the step's; all else is for methods."""
+
+    def __init__(self, engines: Mapping[str, Engine], *, seed: int, balance: Balance, precision: str = "fp32") -> None:
+        self.engines, self.seed, self.balance, self.precision = engines, seed, balance, precision
+        self.images = 0
+        self.batch: Batch | None = None
+        self._noise: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+        self._shared: dict[str, Outputs] = {}
+        self._frozen: list[nn.Module] = []
+
+    # ------------------------------------------------------------------ for the step
+    def begin(self, phase: str, batch: Batch, *, images: int, last: bool, share: bool, count: int) -> None:
+        """images: seen before this update; share: a forward may wait for its own phase; count: samples of this rank."""
+        self.phase, self.images, self.last, self.share, self.count = phase, images, last, share, count
+        if self.batch is not batch:
+            self.batch, self._noise = batch, {}
+        for network in self._frozen:
+            network.requires_grad_(True)
+        self._frozen = []
+        self.outputs: Outputs = {}
+        self.leaves: Outputs = {}
+
+    def end(self) -> None:
+        """Forgets what was shared: a phase that did not come must not leave its graph to the next update."""
+        self._shared = {}
+
+    def autocast(self, *, enabled: bool = True) -> torch.autocast:
+        enabled = enabled and self.precision == "bf16"
+        return torch.autocast(self.batch.image.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def gradients(self, terms: Mapping[str, Term]) -> tuple[list[Tensor], list[Tensor]]:
+        """(outputs, gradients) to hand over: of the mean over this rank's samples of the weighted sum of `terms`."""
+        groups: dict[str, Tensor] = {}
+        for name, term in terms.items():
+            assert term.value.dtype == torch.float32, f"{self.phase}.{name} is not float32"
+            group = term.group if term.group is not None and self.balance.active else ""
+            loss = term.value.sum() * (term.weight / self.count)
+            groups[group] = groups[group] + loss if group in groups else loss
+        leaves = list(self.leaves.values())
+        total: list[Tensor | None] = [None] * len(leaves)
+        for i, (group, loss) in enumerate(groups.items()):
+            retain = i + 1 < len(groups)
+            found = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=retain)
+            if len(groups) > 1:
+                found = self._balanced(group, found)
+            total = [b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)]
+        pairs = [(out, g) for out, g in zip(self.outputs.values(), total, strict=True) if g is not None]
+        return [out for out, _ in pairs], [g.to(out.dtype) for out, g in pairs]
+
+    def _balanced(self, group: str, found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        at = found[list(self.leaves).index("reconstruction")]
+        assert at is not None, f"{self.phase}: group {group!r} does not reach the reconstruction"
+        features = self.outputs.get("features")
+        self.balance.observe(group or Balance.REFERENCE, at, None if features is None else features.detach()[: len(at)])
+        if not group:
+            return found
+        ratio = self.balance.ratio(group, like=at)
+        self.note(f"balance/{group}", ratio)
+        return tuple(None if g is None else g * ratio for g in found)
+
+    # ------------------------------------------------------------------ for methods
+    def __call__(self, name: str, call: Tensor | Callable[[Any], Any], *inputs: Any, exact: bool = False) -> Any:
+        """The phase's own network: its outputs as float32 leaves, by name.
+
+        call: the network's first input, or a function of the network that returns its outputs. exact: eager and in
+        float32, for penalties, whose double backward torch.compile refuses and half precision spoils."""
+        assert name == self.phase, f"the phase {self.phase} trains {self.phase}, not {name}"
+        self.outputs = self._shared.pop(name, None) or self._through(name, call, inputs, exact)
+        self.leaves = {key: out.detach().float().requires_grad_() for key, out in self.outputs.items()}
+        return SimpleNamespace(**self.leaves)
+
+    def shared(self, name: str, call: Tensor | Callable[[Any], Any], *inputs: Any) -> Any:
+        """Detached outputs of a network that a later phase of this update trains, from the same inputs.
+
+        With one micro-batch its graph waits for that phase; with more the forward is run again there."""
+        if self.share:
+            if name not in self._shared:
+                self._shared[name] = self._through(name, call, inputs, False)
+            outputs = self._shared[name]
+        else:
+            with torch.no_grad():
+                outputs = _named(_apply(self.engines[name].network, call, inputs))
+        return SimpleNamespace(**{key: out.detach().float() for key, out in outputs.items()})
+
+    def frozen(self, name: str) -> Any:
+        """The bare network, whose weights take no gradient in this phase."""
+        network = self.engines[name].network
+        self._frozen.append(network.requires_grad_(False))
+        return network
+
+    def normal(self, stream: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (B, *shape): the noise `stream` of the batch's samples."""
+        return self._draw("normal", noise.normal, stream, shape)
+
+    def uniform(self, stream: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Uniform in [0, 1), (B, *shape): the draws `stream` of the batch's samples."""
+        return self._draw("uniform", noise.uniform, stream, shape)
+
+    def _draw(self, kind: str, draw: Callable[..., Tensor], stream: str, shape: tuple[int, ...]) -> Tensor:
+        key = (kind, stream, shape)
+        if key not in self._noise:  # the phases of an update ask for the same noise
+            self._noise[key] = draw(self.seed, stream, self.batch.position, shape)
+        return self._noise[key]
+
+    def note(self, name: str, values: Tensor) -> None:
+        """A figure for the board, its mean is logged; costs nothing until then."""
+        self.kept.setdefault(name, []).append(values.detach())
+
+    def _through(self, name: str, call: Tensor | Callable[[Any], Any], inputs: tuple[Any, ...], exact: bool) -> Outputs:
+        with self.autocast(enabled=not exact):
+            return _named(
+                self.engines[name].run(lambda network: _apply(network, call, inputs), last=self.last, eager=exact)
+            )
+
+
+def _apply(network: Any, call: Tensor | Callable[[Any], Any], inputs: tuple[Any, ...]) -> Any:
+    return network(call, *inputs) if isinstance(call, Tensor) else call(network)
+
+
+def _named(outputs: Any) -> Outputs:
+    return outputs if isinstance(outputs, dict) else {"output": outputs}

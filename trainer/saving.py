@@ -1,0 +1,157 @@
+"""A run's state by name, to and from its folder: what a checkpoint holds, and what must fit when a run goes on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer import checkpoint, config as configuration, config_yaml, resume
+from trainer.config import Config
+from trainer.data import Stream
+from trainer.durable import write_text
+from trainer.health import NonFinite
+from trainer.parallel.engine import Engine
+from trainer.parallel.ranks import Ranks
+from trainer.phase import Run
+
+BEST = "metrics.nelbo"  # the ELBO's negative, of the evaluations during the run: one count of images, so they compare
+
+
+class Saver:
+    """Saves and restores everything that the next update depends on: weights, averages, optimisers, balance, the clock."""
+
+    def __init__(
+        self, config: Config, *, ranks: Ranks, engines: Mapping[str, Engine], run: Run, nonfinite: NonFinite, stream: Stream
+    ) -> None:
+        self.config, self.ranks, self.engines, self.run = config, ranks, engines, run
+        self.nonfinite, self.stream = nonfinite, stream
+        self.said: list[str] = []
+        """Lines for the log: what was resumed from, what was damaged, what changed."""
+        self.seconds = 0.0
+        """Training time before this start."""
+
+    def restore(self) -> int:
+        """Images seen by what the config says to go on from; 0 for a new run. A collective.
+
+        ValueError on every rank where that is damaged, of another model, or of another config."""
+        path = self.ranks.together(self._choose)
+        if path is not None:
+            found = checkpoint.load(Path(path), verify=self.ranks.rank > 0 and False)
+            images = self._take(found)
+        else:
+            images = 0
+            if self.config.checkpoint.init_from is not None:
+                self._initialise(self.config.checkpoint.init_from)
+        self.ranks.together(self._write_config)
+        return images
+
+    def save(self, images: int, *, metrics: Mapping[str, float], seconds: float) -> Path | None:
+        """The new checkpoint's folder on rank 0. A collective: returns on all ranks when it is whole."""
+        tensors = self._tensors()
+        state: dict[str, Any] = {
+            "images": images,
+            "data": self.stream.fingerprint,
+            "classes": list(self.stream.classes),
+            "world": self.ranks.world,
+            "seconds": self.seconds + seconds,
+            "skipped": self.nonfinite.export(),
+            "metrics": dict(metrics),
+        }
+        path = self.ranks.together(lambda: self._write(images, tensors, state))
+        return None if path is None else Path(path)
+
+    # ------------------------------------------------------------------ rank 0
+    def _choose(self) -> str | None:
+        settings = self.config.checkpoint
+        checkpoint.room_for(self.config.run, self._expected_bytes(), settings.keep_last)
+        path = checkpoint.choose(self.config.run, settings.resume, log=self.said.append)
+        return None if path is None else str(path)
+
+    def _write(self, images: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> str:
+        text = configuration.to_text(self.config)
+        path = checkpoint.save(self.config.run, images=images, tensors=tensors, state=state, config_text=text)
+        settings = self.config.checkpoint
+        checkpoint.retain(self.config.run, keep_last=settings.keep_last, best=BEST if settings.keep_best else None)
+        return str(path)
+
+    def _write_config(self) -> None:
+        write_text(self.config.run / "config.yaml", configuration.to_text(self.config))
+
+    def _expected_bytes(self) -> int:
+        moments = 1 if self.config.optim.algorithm == "sgd" else 2
+        total = 0
+        for engine in self.engines.values():
+            weights = checkpoint.size_bytes({"": dict(engine.network.state_dict())})
+            total += weights * (1 + moments + (engine.average is not None))
+        return total
+
+    # ------------------------------------------------------------------ every rank
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        found = {
+            f"{name}.{part}" if part else name: tensors
+            for name, engine in self.engines.items()
+            for part, tensors in engine.export().items()
+        }
+        found["balance"] = self.run.balance.export()
+        return {name: tensors for name, tensors in found.items() if tensors}
+
+    def _take(self, found: checkpoint.Checkpoint) -> int:
+        old = config_yaml.loads(found.config_text, source=str(found.path / "config.yaml"))
+        changes = resume.refuse_changes(old, configuration.to_tree(self.config), configuration.RESUMABLE)
+        if found.state["data"] != self.stream.fingerprint:
+            raise ValueError(
+                f"data.path: {self.config.data.path} does not hold the shards that {found.path} was trained on; "
+                "give these back, or start a new run with checkpoint.init_from"
+            )
+        for name, engine in self.engines.items():
+            try:
+                engine.load(_parts(found.tensors, name))
+            except ValueError as error:
+                raise ValueError(f"{found.path}: {name}: {error}") from None
+        self.run.balance.load(found.tensors.get("balance", {}), self.ranks.device)
+        skipped, seconds, world = found.state["skipped"], found.state["seconds"], found.state["world"]
+        assert isinstance(skipped, dict) and isinstance(seconds, float)
+        self.nonfinite.load({name: int(count) for name, count in skipped.items()})  # type: ignore[arg-type]
+        self.seconds = seconds
+        if self.ranks.rank == 0:
+            self.said.append(f"goes on from {found.path} at {found.images:,} images")
+            self.said += [f"changed since then: {line}" for line in changes]
+            if world != self.ranks.world:
+                self.said.append(f"changed since then: {world} -> {self.ranks.world} processes; the batch stays")
+        return found.images
+
+    def _initialise(self, source: Path) -> None:
+        path = self.ranks.together(lambda: str(_newest(source)))
+        found = checkpoint.load(Path(path))
+        for name, engine in self.engines.items():
+            parts = _parts(found.tensors, name)
+            weights = parts.get("ema", parts.get("", {}))  # fine-tuning begins with the weights that are used
+            try:
+                start = {"": weights} | ({"ema": weights} if engine.average is not None else {})
+                engine.load(start)
+            except ValueError as error:
+                raise ValueError(f"checkpoint.init_from: {path}: {name}: {error}") from None
+        if self.ranks.rank == 0:
+            self.said.append(f"begins with the weights of {path}")
+
+
+def _newest(source: Path) -> Path:
+    """`source` itself where it is a checkpoint, else the newest whole one of that run."""
+    if (source / "manifest.json").exists():
+        return source
+    if not source.is_dir():
+        raise ValueError(f"checkpoint.init_from: {source}: no such run or checkpoint")
+    found = checkpoint.newest(source)
+    if found is None:
+        raise ValueError(f"checkpoint.init_from: {source} holds no checkpoint")
+    return found
+
+
+def _parts(tensors: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Mapping[str, Tensor]]:
+    """{"": weights, "ema": ..., "optimizer": ...} of one network."""
+    return {
+        key.removeprefix(name).removeprefix("."): value
+        for key, value in tensors.items()
+        if key == name or key.startswith(f"{name}.")
+    }
