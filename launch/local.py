@@ -148,7 +148,7 @@ def watch(workers: Sequence[Worker], came: Sequence[int]) -> Worker | None:
             if code is None or worker.code is not None:
                 continue
             worker.code = code if code >= 0 else 128 - code
-            as_asked = bool(came) and worker.code in STOPPED
+            as_asked = (came and worker.code in STOPPED) or (len(came) > 1 and worker.code == 128 + signal.SIGKILL)
             if worker.code and not as_asked and failed is None:
                 failed = worker
                 now = time.monotonic()
@@ -188,7 +188,8 @@ def report(failed: Worker, failures: Path) -> int:
 def launch(module: str, arguments: Sequence[str], *, processes: int, port: int = 0) -> int:
     """Runs `module`'s `main(arguments)` on `processes` ranks.
 
-    Returns 0, the exit code of the rank that failed first (its message is the only one printed), or 130 after a Ctrl-C.
+    Returns 0, the exit code of the rank that failed first (its message is the only one printed), or 130 after a Ctrl-C
+    and 143 after a SIGTERM that stopped the run.
     """
     command = [sys.executable, "-m", "launch.worker", module, *arguments]
     workers: list[Worker] = []
@@ -203,7 +204,9 @@ def launch(module: str, arguments: Sequence[str], *, processes: int, port: int =
                 failed = watch(workers, came)
         finally:
             send(workers, signal.SIGKILL)
-        return report(failed, Path(folder)) if failed else max(worker.code or 0 for worker in workers)
+        if failed:
+            return report(failed, Path(folder))
+        return 128 + came[0] if came and any(worker.code for worker in workers) else 0
 
 
 def become_trainer(arguments: Sequence[str]) -> NoReturn:

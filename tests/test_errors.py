@@ -1,0 +1,68 @@
+"""What a user sees of an error."""
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from trainer.errors import boundary
+
+
+def failing(error: BaseException) -> Callable[[list[str]], int]:
+    def main(_argv: list[str]) -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("optim.lrr: no such key; nearest: lr"), "optim.lrr: no such key; nearest: lr"),
+        (ValueError("two\n  lines\n"), "two; lines"),
+        (ValueError(), "ValueError"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "No space left on device: runs/a"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError("the file is cut short"), "the file is cut short"),
+        (PermissionError(errno.EACCES, "Permission denied", b"runs"), "Permission denied: runs"),
+        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "Invalid cross-device link: a -> b"),
+    ],
+)
+def test_a_mistake_of_the_user_is_one_line_and_code_2(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert boundary(failing(error), []) == 2
+    assert capsys.readouterr() == ("", f"tandem: error: {line}\n")
+
+
+def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert boundary(failing(KeyError("lost")), []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.endswith("KeyError: 'lost'\n")
+
+
+def test_an_interrupt_is_code_130_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert boundary(failing(KeyboardInterrupt()), []) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_main_gets_the_arguments_and_its_code_is_returned() -> None:
+    assert boundary(len, ["a", "b", "c"]) == 3
+
+
+def test_a_reporter_gets_the_text_instead_of_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    boundary(failing(ValueError("no")), [], report=said.append)
+    assert said == ["tandem: error: no"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_development_mode_shows_the_traceback_of_a_mistake_too() -> None:
+    script = "import sys; from trainer.errors import boundary; sys.exit(boundary(lambda argv: int('x'), []))"
+    ran = subprocess.run([sys.executable, "-X", "dev", "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("Traceback")
+    assert ran.stderr.endswith("tandem: error: invalid literal for int() with base 10: 'x'\n")
