@@ -1,8 +1,8 @@
-"""Everything that TensorBoard shows. A step is an image seen, so runs of different batch sizes can be laid over each other.
+"""Everything that TensorBoard shows. A step is an image seen, so runs of any batch size can be laid over each other.
 
 Tags: `loss/<phase>/<name>`, `logits/real`, `logits/fake`, `accuracy/real`, `accuracy/fake`, `gradient_norm/<network>`,
-`lr/<network>`, `weight/<name>`, `latent/kl`, `latent/active_units`, `throughput/images_per_s`, `throughput/waiting`;
-pictures `samples`, `reconstructions`, `interpolation`; text `config`, `environment`. LAYOUT draws them together.
+`learning_rate/<network>`, `balance/<loss>`, `kl/nats`, `kl/active_units`, `speed/images_per_second`,
+`speed/waiting_for_data`. LAYOUT draws those that belong together in one chart.
 
 The rule after a resume at N images: records beyond N are cut out of the old event files, and from then on a tag takes
 each step once; the record that is there first stays. So each curve is the one of a run that was never interrupted. We
@@ -45,11 +45,14 @@ LAYOUT: dict[str, dict[str, list[str]]] = {  # category -> chart -> regular expr
     "discriminator": {"logits": ["logits/(real|fake)$"], "accuracy": ["accuracy/(real|fake)$"]},
     "optimisation": {
         "gradient norms": ["gradient_norm/.*"],
-        "learning rates": ["lr/.*"],
-        "loss weights": ["weight/.*"],
+        "learning rates": ["learning_rate/.*"],
+        "loss weights": ["balance/.*"],
     },
-    "latent": {"KL in nats an image": ["latent/kl$"], "active units": ["latent/active_units$"]},
-    "throughput": {"images/s": ["throughput/images_per_s$"], "share of time waiting for data": ["throughput/waiting$"]},
+    "latent": {"KL in nats an image": ["kl/nats$"], "active units": ["kl/active_units$"]},
+    "throughput": {
+        "images/s": ["speed/images_per_second$"],
+        "share of time waiting for data": ["speed/waiting_for_data$"],
+    },
 }
 FLUSH_SECONDS = 10.0
 BUCKETS = 30  # TensorBoard's own default for histograms
@@ -64,7 +67,7 @@ class Board:
     def __init__(self, folder: Path, *, resume_images: int | None, log: Callable[[str], None] = print) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._start = resume_images or 0
-        if resume_images is None:
+        if not resume_images:
             set_aside(folder, log=log)
             self._last: dict[str, int] = {}
         else:
@@ -75,7 +78,7 @@ class Board:
         self._records = RecordWriter(self._file)
         self._flushed = time.monotonic()
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if resume_images is not None:  # a TensorBoard that is running drops what it has read beyond this step
+        if resume_images:  # a TensorBoard that is running drops what it has read beyond this step
             restart = SessionLog(status=SessionLog.START)
             self._write(Event(wall_time=time.time(), step=resume_images + 1, session_log=restart))
         self.flush()
@@ -195,9 +198,9 @@ class NoBoard:
 def open_board(
     folder: Path, *, resume_images: int | None, enabled: bool = True, log: Callable[[str], None] = print
 ) -> Board | NoBoard:
-    """The board of a run's folder. `resume_images`: of the checkpoint that the run goes on from, None for a start at 0.
+    """The board of a run's folder. `resume_images`: of the checkpoint that the run goes on from, None or 0 for a start.
 
-    A start at 0 in a folder with event files (a run that died before its first checkpoint) renames them so that
+    A start in a folder with event files (a run that died before its first checkpoint) renames them so that
     TensorBoard does not read them. `enabled` is false on all ranks but 0.
     """
     return Board(folder, resume_images=resume_images, log=log) if enabled else NoBoard()

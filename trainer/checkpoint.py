@@ -161,10 +161,35 @@ def choose(
         return None
     if resume not in ("auto", "must"):
         return _named(folder, Path(resume), own=own, aside=aside, log=log)
-    chosen = _newest(folder, rename=True, log=log)
+    chosen = newest(folder, rename=True, log=log)
     if chosen is None and resume == "must":
         raise ValueError(f"resume: must, but {folder / FOLDER} holds no checkpoint; use resume: auto, or correct `run`")
     return chosen
+
+
+def newest(folder: Path, *, rename: bool = False, log: Callable[[str], None] = print) -> Path | None:
+    """The newest whole checkpoint of a run folder, the damaged ones above it named through `log`; None if it has none.
+
+    `rename` keeps the damaged ones aside, for the run that owns the folder. ValueError if there are some and none is whole.
+    """
+    own, aside = _found(folder)
+    problems: list[tuple[Path, str]] = []
+    for path in own:
+        problem = damage(path)
+        if problem is not None:
+            problems.append((path, problem))
+            continue
+        for bad, what in problems:
+            kept = f"kept as {_aside(bad, 'damaged').name}" if rename else "left alone"
+            log(f"checkpoint {bad} is damaged ({what}): {kept}, using the older {path}")
+        return path
+    if own or aside:
+        told = "; ".join(f"{bad.name}: {what}" for bad, what in problems) or ", ".join(path.name for path in aside)
+        raise ValueError(
+            f"{folder / FOLDER}: checkpoints exist but none can be loaded ({told}); "
+            "repair one, or choose another `run` folder to start afresh"
+        )
+    return None
 
 
 def retain(folder: Path, *, keep_last: int, best: str | None = None, higher_is_better: bool = False) -> list[Path]:
@@ -223,28 +248,6 @@ def room_for(folder: Path, size_bytes: int, keep_last: int) -> None:
         )
 
 
-def _newest(folder: Path, *, rename: bool, log: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint of a run folder, the damaged ones above it named; None if it has none at all."""
-    own, aside = _found(folder)
-    problems: list[tuple[Path, str]] = []
-    for path in own:
-        problem = damage(path)
-        if problem is not None:
-            problems.append((path, problem))
-            continue
-        for bad, what in problems:
-            kept = f"kept as {_aside(bad, 'damaged').name}" if rename else "left alone"
-            log(f"checkpoint {bad} is damaged ({what}): {kept}, using the older {path}")
-        return path
-    if own or aside:
-        told = "; ".join(f"{bad.name}: {what}" for bad, what in problems) or ", ".join(path.name for path in aside)
-        raise ValueError(
-            f"{folder / FOLDER}: checkpoints exist but none can be loaded ({told}); "
-            "repair one, or choose another `run` folder to start afresh"
-        )
-    return None
-
-
 def _named(folder: Path, path: Path, *, own: list[Path], aside: list[Path], log: Callable[[str], None]) -> Path:
     """What `resume: PATH` means; see `choose`."""
     inside = path.resolve().parent == (folder / FOLDER).resolve()
@@ -259,10 +262,10 @@ def _named(folder: Path, path: Path, *, own: list[Path], aside: list[Path], log:
             raise ValueError(f"resume: {path} is damaged ({problem}); choose another checkpoint")
         chosen = path
     else:
-        newest = _newest(path, rename=path.resolve() == folder.resolve(), log=log)
-        if newest is None:
+        found = newest(path, rename=path.resolve() == folder.resolve(), log=log)
+        if found is None:
             raise ValueError(f"resume: {path} is neither a checkpoint nor a run folder with checkpoints")
-        chosen = newest
+        chosen = found
     images = read_manifest(chosen).images
     for newer in own:
         if int(newer.name) > images and newer.exists():

@@ -50,8 +50,8 @@ def cut(folder: Path, *, images: int, log: Callable[[str], None]) -> dict[str, i
     """Removes every record beyond `images`, and any that repeats a step of its tag, from the event files of `folder`.
 
     Returns the last step of each tag. A file is rewritten aside and renamed, and only if something in it goes; a kill
-    in between leaves some files cut and the others as they were, and the next resume does the rest. Half a record at the
-    end of a file, left by a kill, goes too, and so does all that follows a record that cannot be read.
+    in between leaves some files cut and the others as they were, and the next resume does the rest. Half a record at
+    the end of a file, left by a kill, goes too, and so does all that follows a record that cannot be read.
     """
     last: dict[str, int] = {}
     for path in event_files(folder):
