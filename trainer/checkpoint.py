@@ -168,9 +168,9 @@ def choose(
 
 
 def newest(folder: Path, *, rename: bool = False, log: Callable[[str], None] = print) -> Path | None:
-    """The newest whole checkpoint of a run folder, the damaged ones above it named through `log`; None if it has none.
+    """The newest whole checkpoint of a run folder, damaged ones above it named through `log`; None if it has none.
 
-    `rename` keeps the damaged ones aside, for the run that owns the folder. ValueError if there are some and none is whole.
+    `rename` keeps the damaged ones aside: for the owner of the folder. ValueError if there are some and none is whole.
     """
     own, aside = _found(folder)
     problems: list[tuple[Path, str]] = []

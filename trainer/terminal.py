@@ -9,11 +9,11 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column
 from rich.text import Text
 
 SHOWN = 4  # losses beside the bar
 WINDOW = 10  # reports over which the speed is taken
+BAR = 24  # columns
 
 
 class Terminal:
@@ -31,8 +31,8 @@ class Terminal:
         if self._stream.isatty():
             self._bar = Progress(
                 TextColumn("{task.fields[share]}", markup=False),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[told]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+                BarColumn(bar_width=BAR),
+                TextColumn("{task.fields[told]}", markup=False),
                 console=Console(file=self._stream),
                 refresh_per_second=4,  # its thread takes the interpreter's lock from the training loop
             )
@@ -48,8 +48,11 @@ class Terminal:
         """Shows the speed, the time left, and the first values whose tag begins with `loss/`."""
         now = time.monotonic()
         self._seen.append((now, images))
-        told = ", ".join([*self._pace(), *_losses(values)])
+        parts = [*self._pace(), *_losses(values)]
+        told = ", ".join(parts)
         if self._bar is not None:
+            while parts and len(self._share(images)) + BAR + len(told) + 3 > self._bar.console.width:
+                told = ", ".join(parts := parts[:-1])  # whole numbers or none: the bar itself must stay in sight
             self._bar.update(self._task, completed=images, share=self._share(images), told=told)
         elif now - self._printed >= self._seconds or images >= self._total:
             self._printed = now
