@@ -6,13 +6,14 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from trainer.build import image_shape
+from trainer.config import Config
 from trainer.data import Stream, to_device
 from trainer.kernels import noise
 from trainer.losses.reconstruction import bits_per_dim
 from trainer.methods import Method
 from trainer.metrics import psnr
 from trainer.metrics.latent import ActiveUnits
-from trainer.networks import ImageShape
 from trainer.parallel.ranks import Ranks
 
 SEED = 0  # of the posterior samples: two evaluations of one model agree exactly, whatever the run's seed
@@ -24,8 +25,7 @@ def evaluate(
     networks: Mapping[str, nn.Module],
     stream: Stream,
     *,
-    image: ImageShape,
-    batch: int,
+    config: Config,
     limit: int | None,
     ranks: Ranks,
 ) -> dict[str, float]:
@@ -38,8 +38,8 @@ def evaluate(
         return {}
     sums: dict[str, Tensor] = {}
     units = ActiveUnits()
-    steps = None if limit is None else -(-limit // batch)
-    for raw in islice(stream.evaluation(batch), steps):
+    steps = None if limit is None else -(-limit // config.batch)
+    for raw in islice(stream.evaluation(config.batch), steps):
         given = to_device(raw, device=ranks.device, flip=False, seed=SEED)
         weight = given.weight.double()
         mean, _ = method.encode(networks, given.image)
@@ -58,7 +58,7 @@ def evaluate(
     found = {name: value / count for name, value in found.items()}
     if "nll" in found:
         found["nelbo"] = found["nll"] + found["kl"]
-        found["bits_per_dim"] = bits_per_dim(found["nelbo"], dims=image.dims, discrete=method.likelihood.discrete)
+        found["bits_per_dim"] = bits_per_dim(found["nelbo"], dims=image_shape(config).dims, discrete=method.likelihood.discrete)
     found["active_units"] = float(units.merged(ranks.sum).count())
     found["images"] = count
     return found

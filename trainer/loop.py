@@ -1,77 +1,112 @@
 """A run from its config to its last line: build, restore, then step, log, evaluate, save until the budget is spent."""
 
-import time
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-import torch
-
-from trainer import build, checkpoint, config as configuration, progress, resume
-from trainer.board import Board, open_board
+from trainer import build, progress
+from trainer.board import open_board
 from trainer.config import Config
 from trainer.data import Stream, to_device
 from trainer.evaluate import evaluate
+from trainer.gallery import Gallery
 from trainer.health import NonFinite, Signals
 from trainer.parallel.ranks import Ranks, start
 from trainer.phase import Run
 from trainer.runlock import RunLock
-from trainer.show import show
+from trainer.saving import Saver
+from trainer.speed import Speed
 from trainer.step import means, train_step
-from trainer.terminal import Terminal, open_terminal
+from trainer.terminal import open_terminal
+
+
+SHOWN = ("psnr", "nelbo", "bits_per_dim")  # figures of the last line
 
 
 def train(config: Config) -> int:
-    """Runs `config` to its end or until a signal; returns the exit code: 0, or 128 + the signal after saving."""
+    """Trains until the budget is spent or a signal comes; returns the exit code: 0, or 128 + the signal once saved."""
     ranks = start(config.parallel)
     try:
-        with _locked(config.run, ranks), Signals() as signals:
+        with _alone(config, ranks), Signals() as signals:
             return _train(config, ranks, signals)
     finally:
         ranks.close()
 
 
 def _train(config: Config, ranks: Ranks, signals: Signals) -> int:
-    # ---------------------------------------------------------------- build
+    # ---- build
+    first = ranks.rank == 0
     micro_batches = config.micro_batches(ranks.world)
     stream = Stream(config.data, split="train", batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed)
     test = Stream(config.data, split="test", batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed)
-    image = build.image_shape(config)
     method = build.build_method(config, device=ranks.device)
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
+    networks = build.averages(engines)
     run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
     nonfinite = NonFinite(patience=config.log.patience)
 
-    # ---------------------------------------------------------------- restore
+    # ---- restore
     saver = Saver(config, ranks=ranks, engines=engines, run=run, nonfinite=nonfinite, stream=stream)
-    images = saver.restore()
-    board = open_board(config.run, resume_images=images, enabled=ranks.rank == 0)
-    terminal = open_terminal(total=config.images, start=images, enabled=ranks.rank == 0)
+    images = began = saver.restore()
+    terminal = open_terminal(total=config.images, start=images, enabled=first)
+    board = open_board(config.run / "board", resume_images=images or None, enabled=first, log=terminal.note)
+    gallery = Gallery(config, method, networks, test, board=board, ranks=ranks)
+    gallery.describe()
     for line in saver.said:
         terminal.note(line)
-    show.begin(board, config, ranks, resumed=images)
 
-    # ---------------------------------------------------------------- train
-    began, waited, seen = time.perf_counter(), stream.waited, images
-    result: dict[str, float] = {}
-    batches = stream.batches(images)
-    while images < config.images:
+    # ---- train
+    batches, speed = stream.batches(images), Speed(stream, images)
+    stopping = False
+    while images < config.images and not stopping:
         given = to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed)
         parts = build.split(given, micro_batches)
         train_step(method, engines, parts, run, images=images, batch=config.batch, ranks=ranks)
         images += config.batch
-        stopping, ending = ranks.any(signals.stop), images >= config.images
+        ending = images >= config.images
+        stopping = not ending and ranks.any(signals.stop)
+        metrics: dict[str, float] = {}
 
-        if progress.due(images, every=config.log.every, batch=config.batch) or ending or stopping:
+        def now(every: int, *, images: int = images, always: bool = ending) -> bool:
+            return always or progress.due(images, every=every, batch=config.batch)
+
+        if now(config.log.every) or stopping:
             nonfinite.look(run.kept, images=images)
-            now = time.perf_counter()
-            scalars = means(run.kept, ranks)
+            scalars = means(run.kept, ranks) | speed.read(images)
+            scalars |= {f"lr/{name}": engine.rate(images - config.batch) for name, engine in engines.items()}
+            scalars["data/bad_samples"] = ranks.total(stream.bad)
             run.kept.clear()
-            scalars |= {f"learning_rate/{name}": engine.rate(images - config.batch) for name, engine in engines.items()}
-            scalars["speed/images_per_second"] = (images - seen) / (now - began)
-            scalars["speed/waiting_for_data"] = (stream.waited - waited) / (now - began)
-            began, waited, seen = now, stream.waited, images
             board.scalars(images, scalars)
             terminal.report(images, scalars)
-        ...
+        terminal.advance(images)
+        if now(config.log.evaluate_every) and not stopping:
+            limit = config.log.evaluate_images
+            metrics = evaluate(method, networks, test, config=config, limit=limit, ranks=ranks)
+            board.scalars(images, {f"test/{name}": value for name, value in metrics.items()})
+        if now(config.log.pictures_every) and not stopping:
+            gallery.draw(images)
+        if now(config.checkpoint.every) or stopping:
+            board.flush()
+            saver.save(images, metrics=metrics, seconds=speed.total)
+        speed.resume()
+
+    # ---- end
+    stream.close()
+    if stopping:
+        board.close()
+        terminal.finish(f"stopped at {images:,} images; saved {saver.path}; the same command goes on from there")
+        return signals.code
+    final = evaluate(method, networks, test, config=config, limit=None, ranks=ranks)
+    gallery.conclude(images, final, seconds=saver.seconds + speed.total)
+    board.close()
+    test.close()
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in final.items() if name in SHOWN)
+    terminal.finish(f"trained on {images:,} images{f' ({figures})' if figures else ''}; everything is in {config.run}")
     return 0
+
+
+@contextlib.contextmanager
+def _alone(config: Config, ranks: Ranks) -> Iterator[None]:
+    """Keeps a second run out of the folder while this one is in it."""
+    with contextlib.ExitStack() as stack:
+        ranks.together(lambda: stack.enter_context(RunLock(config.run)) and None)
+        yield

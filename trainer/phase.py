@@ -78,7 +78,7 @@ class Run:
         if not group:
             return found
         ratio = self.balance.ratio(group, like=at)
-        self.note(f"balance/{group}", ratio)
+        self.note(f"weight/{group}", ratio)
         return tuple(None if g is None else g * ratio for g in found)
 
     # ------------------------------------------------------------------ for methods

@@ -9,7 +9,6 @@ from torch import Tensor
 from trainer import checkpoint, config as configuration, config_yaml, resume
 from trainer.config import Config
 from trainer.data import Stream
-from trainer.durable import write_text
 from trainer.health import NonFinite
 from trainer.parallel.engine import Engine
 from trainer.parallel.ranks import Ranks
@@ -30,6 +29,8 @@ class Saver:
         """Lines for the log: what was resumed from, what was damaged, what changed."""
         self.seconds = 0.0
         """Training time before this start."""
+        self.path: Path | None = None
+        """The newest checkpoint, on every rank."""
 
     def restore(self) -> int:
         """Images seen by what the config says to go on from; 0 for a new run. A collective.
@@ -37,7 +38,7 @@ class Saver:
         ValueError on every rank where that is damaged, of another model, or of another config."""
         path = self.ranks.together(self._choose)
         if path is not None:
-            found = checkpoint.load(Path(path), verify=self.ranks.rank > 0 and False)
+            found = checkpoint.load(Path(path), verify=False)  # `choose` has just read every byte
             images = self._take(found)
         else:
             images = 0
@@ -46,8 +47,8 @@ class Saver:
         self.ranks.together(self._write_config)
         return images
 
-    def save(self, images: int, *, metrics: Mapping[str, float], seconds: float) -> Path | None:
-        """The new checkpoint's folder on rank 0. A collective: returns on all ranks when it is whole."""
+    def save(self, images: int, *, metrics: Mapping[str, float], seconds: float) -> None:
+        """A collective: returns on all ranks when the checkpoint is whole. seconds: of training in this start."""
         tensors = self._tensors()
         state: dict[str, Any] = {
             "images": images,
@@ -58,8 +59,7 @@ class Saver:
             "skipped": self.nonfinite.export(),
             "metrics": dict(metrics),
         }
-        path = self.ranks.together(lambda: self._write(images, tensors, state))
-        return None if path is None else Path(path)
+        self.path = Path(self.ranks.together(lambda: self._write(images, tensors, state)))
 
     # ------------------------------------------------------------------ rank 0
     def _choose(self) -> str | None:
@@ -76,7 +76,10 @@ class Saver:
         return str(path)
 
     def _write_config(self) -> None:
-        write_text(self.config.run / "config.yaml", configuration.to_text(self.config))
+        path = self.config.run / "config.yaml"
+        aside = path.with_name(".config.yaml")
+        aside.write_text(configuration.to_text(self.config), encoding="utf-8")
+        aside.replace(path)
 
     def _expected_bytes(self) -> int:
         moments = 1 if self.config.optim.algorithm == "sgd" else 2

@@ -45,10 +45,10 @@ class KLConfig:
         """The KL's term at the run's clock; notes the plain KL in nats."""
         if self.free_bits == 0:
             value = kl(mean, logvar)
-            run.note("kl/nats", value)
+            run.note("latent/kl", value)
         else:
             dimensions = kl_per_dimension(mean, logvar)
-            run.note("kl/nats", dimensions.sum(1))
+            run.note("latent/kl", dimensions.sum(1))
             value = free_bits(dimensions, self.free_bits)
         return Term(value, weight=self.weight_at(run.images))
 

@@ -1,6 +1,7 @@
 """The processes of a run: who we are, on which device, and the few exchanges that are no gradient."""
 
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
+from trainer.errors import USER_MISTAKE
 from trainer.parallel.config import DDPConfig
 from trainer.parallel.launcher import asked_processes
 
@@ -50,9 +52,24 @@ class Ranks:
         dist.broadcast(payload, src=0)
         return json.loads(payload.numpy().tobytes())
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.all_reduce(torch.zeros(()))  # over the CPU group: no GPU needs to have been chosen yet
+    def total(self, count: int) -> int:
+        """The sum of a count over ranks: over the CPU, so that no GPU is waited for."""
+        return int(self.sum(torch.tensor(count))) if self.world > 1 else count
+
+    def together(self, call: Callable[[], Any]) -> Any:
+        """Rank 0's call, and its JSON result on every rank. Its ValueError or OSError ends them all, and one says why."""
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = call()
+            except (ValueError, OSError) as found:
+                error = found
+        value, failed = self.first([value, error is not None])
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(USER_MISTAKE)
+        return value
 
     def close(self) -> None:
         if dist.is_available() and dist.is_initialized():

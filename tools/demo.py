@@ -1,0 +1,34 @@
+"""python -m tools.demo: the whole way on real data. Shards, a VAE-GAN on two processes, pictures.
+
+Each part that is there already is left as it is, so the command goes on where it was interrupted.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from launch.local import launch
+from tools.shards.make import main as make
+from trainer.errors import boundary
+
+DATA = Path("data/fashion-mnist")
+CONFIG = Path("configs/vaegan_fashion.yaml")
+RUN = Path("runs/vaegan_fashion")
+
+
+def main(argv: list[str]) -> int:
+    """argv: overrides of the demo's config, such as images=20_000."""
+    started = time.monotonic()
+    if not (DATA / "train" / "index.json").exists() or not (DATA / "test" / "index.json").exists():
+        code = make(["fashion-mnist", str(DATA)])
+        if code:
+            return code
+    print(f"training {CONFIG} on two processes; watch it with: tensorboard --logdir runs", flush=True)
+    code = launch("trainer.__main__", [str(CONFIG), *argv], processes=2)
+    if code == 0:
+        print(f"demo done in {time.monotonic() - started:.0f} s; look at {RUN / 'pictures'}/*.png")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(boundary(main, sys.argv[1:]))

@@ -1,0 +1,148 @@
+"""tandem check CONFIG [key=value ...] [--processes N]
+
+Says what a config would do, without training: sizes, cost, memory, batches; tries two updates and a checkpoint.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer import build, checkpoint
+from trainer import config as configuration
+from trainer.config import Config
+from trainer.data import Stream, to_device
+from trainer.health import NonFinite
+from trainer.methods import Method
+from trainer.parallel.config import DDPConfig
+from trainer.parallel.ranks import start
+from trainer.phase import Run
+from trainer.saving import Saver
+from trainer.step import means, train_step
+
+EXAMPLE = """\
+example:
+  tandem check configs/vaegan_fashion.yaml --processes 2 batch=128
+"""
+
+
+class SavedBytes:
+    """Bytes of the tensors that autograd keeps for backward, each storage once, at their peak."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._known = {p.untyped_storage().data_ptr() for p in parameters}
+        self._alive: dict[int, int] = {}
+        self.peak = 0
+
+    def pack(self, tensor: Tensor) -> tuple[Tensor, int]:
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key not in self._known:
+            self._alive[key] = storage.nbytes()
+            self.peak = max(self.peak, sum(self._alive.values()))
+        return tensor, key
+
+    def unpack(self, packed: tuple[Tensor, int]) -> Tensor:
+        self._alive.pop(packed[1], None)
+        return packed[0]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tandem check",
+        description="Says what a config would do, without training, and tries two updates and a checkpoint.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--processes", type=int, metavar="N", help="ranks to plan for (default: the config's, or 1)")
+    options = parser.parse_intermixed_args(argv)
+    config = configuration.load(options.config, options.overrides)
+    world = options.processes or config.parallel.processes or 1
+    rows = check(config, world=world)
+    table = Table(title=str(options.config), show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+    return 0
+
+
+def check(config: Config, *, world: int) -> dict[str, str]:
+    """What `tandem check` prints: name -> figure with its unit. Two updates of one rank's share are taken for real."""
+    micro_batches = config.micro_batches(world)
+    share = config.share(world)
+    ranks = start(DDPConfig(processes=1))
+    try:
+        # the stream and the batch of one rank among `world`; its updates are this rank's alone
+        stream = Stream(config.data, split="train", batch=config.batch, rank=0, world=world, seed=config.seed)
+        test = Stream(config.data, split="test", batch=config.batch, rank=0, world=world, seed=config.seed)
+        method = build.build_method(config, device=ranks.device)
+        networks = build.build_networks(method, seed=config.seed)
+        engines = build.build_engines(dataclasses.replace(config, compile=False), method, networks, ranks)
+        run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
+        rows = _sizes(config, method, networks)
+        parameters = [p for network in networks.values() for p in network.parameters()]
+        saved, flops = SavedBytes(parameters), 0
+        # past the starts of ramps, so that every phase and every term takes part; penalties are in the first update
+        lazy = getattr(getattr(method, "critic", None), "lazy", 1)
+        late = -(-config.images // (config.batch * lazy)) * config.batch * lazy
+        batches = stream.batches(0)
+        for update in range(2):
+            given = build.split(to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed), micro_batches)
+            with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+                train_step(method, engines, given, run, images=late + update * config.batch, batch=config.batch, ranks=ranks)
+            flops = counter.get_total_flops()
+        losses = means(run.kept, ranks)
+        state = sum(_bytes(engine.export().values()) for engine in engines.values())
+        gradients = sum(p.numel() * p.element_size() for p in parameters)
+        image = build.image_shape(config)
+        rows |= {
+            "image": f"{image.channels} x {image.height} x {image.width}",
+            "global batch": f"{config.batch} images = {world} ranks x {micro_batches} micro-batches x {share // micro_batches}",
+            "updates": f"{-(-config.images // config.batch):,} in {config.images:,} images",
+            "images an epoch": f"{stream.samples:,} train ({config.images / stream.samples:.1f} epochs), {test.samples:,} test",
+            "FLOPs an image": f"{flops / share / 1e6:,.1f} MFLOPs, forward and backward of all phases",
+            "memory a rank": f"{(state + gradients + saved.peak) / 1e6:,.1f} MB: weights, averages, moments {state / 1e6:,.1f}, "
+            f"gradients {gradients / 1e6:,.1f}, activations {saved.peak / 1e6:,.1f}",
+            "two updates": ", ".join(f"{name.removeprefix('loss/')} {value:.4g}" for name, value in losses.items() if name.startswith("loss/")),
+            "a checkpoint": _try_checkpoint(config, ranks, engines, run, stream),
+        }
+        stream.close()
+        test.close()
+        return rows
+    finally:
+        ranks.close()
+
+
+def _sizes(config: Config, method: Method, networks: dict[str, nn.Module]) -> dict[str, str]:
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    return {
+        "method": config.method.kind,
+        "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        "latent": " x ".join(map(str, method.latent_size)),
+    }
+
+
+def _bytes(groups: object) -> int:
+    return sum(t.numel() * t.element_size() for group in groups for t in group.values())  # type: ignore[attr-defined]
+
+
+def _try_checkpoint(config: Config, ranks: object, engines: object, run: Run, stream: Stream) -> str:
+    """Writes and reads one where the run's would lie, and leaves nothing behind."""
+    existing = next(path for path in [config.run, *config.run.parents] if path.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".tandem-check-", dir=existing) as folder:
+        trial = dataclasses.replace(config, run=Path(folder))
+        saver = Saver(trial, ranks=ranks, engines=engines, run=run, nonfinite=NonFinite(patience=1), stream=stream)  # type: ignore[arg-type]
+        saver.save(0, metrics={}, seconds=0.0)
+        assert saver.path is not None
+        checkpoint.load(saver.path)
+        size = sum(path.stat().st_size for path in saver.path.iterdir())
+    return f"{size / 1e6:,.1f} MB, written to and read from {existing}; {config.checkpoint.keep_last + 1} must fit"

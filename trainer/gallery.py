@@ -1,0 +1,67 @@
+"""What a run shows beside its curves: pictures on the board and as files, its config, its environment, its last figures."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainer import config as configuration
+from trainer import show
+from trainer.board import Board, NoBoard
+from trainer.config import Config
+from trainer.data import Stream, to_device, to_uint8
+from trainer.methods import Method
+from trainer.parallel.ranks import Ranks
+from trainer.pictures import grid, pairs, write_png
+
+COLUMNS = 12
+
+
+@dataclass
+class Gallery:
+    """Rank 0 draws; for the other ranks every call returns at once. No call is a collective."""
+
+    config: Config
+    method: Method
+    networks: Mapping[str, nn.Module]
+    test: Stream
+    board: Board | NoBoard
+    ranks: Ranks
+
+    def describe(self) -> None:
+        """Config and environment as text, and the layout of the custom scalars."""
+        self.board.layout()
+        self.board.text("config", f"```yaml\n{configuration.to_text(self.config)}```")
+        device = torch.cuda.get_device_name() if self.ranks.device.type == "cuda" else platform.processor() or "CPU"
+        rows = {
+            "processes": self.ranks.world,
+            "device": device,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "host": platform.node(),
+        }
+        self.board.text("environment", "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]))
+
+    def draw(self, images: int) -> None:
+        """Samples, reconstructions and interpolations, from fixed seeds and averaged weights."""
+        if self.ranks.rank > 0:
+            return
+        device = self.ranks.device
+        z = show.latents(self.method, 8 * COLUMNS, device=device)
+        sheets = {"samples": grid(show.samples(self.method, self.networks, z), columns=COLUMNS)}
+        given = to_device(self.test.first(4 * COLUMNS), device=device, flip=False, seed=0).image
+        rebuilt = show.reconstructions(self.method, self.networks, given)
+        if rebuilt is not None:
+            sheets["reconstructions"] = pairs(to_uint8(given), rebuilt, columns=COLUMNS)
+        walk = show.interpolation(self.method, self.networks, rows=6, columns=COLUMNS, device=device)
+        sheets["interpolation"] = grid(walk, columns=COLUMNS)
+        for name, sheet in sheets.items():
+            self.board.picture(images, name, sheet)
+            write_png(self.config.run / "pictures" / f"{name}.png", sheet, overwrite=True)
+
+    def conclude(self, images: int, metrics: Mapping[str, float], *, seconds: float) -> None:
+        """The run's line in the HPARAMS tab."""
+        final = {f"final/{name}": value for name, value in metrics.items()} | {"final/train_seconds": seconds}
+        self.board.hparams(configuration.flatten(configuration.to_tree(self.config)), final)
