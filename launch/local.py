@@ -176,10 +176,12 @@ def explain(worker: Worker) -> str:
 def report(failed: Worker, failures: Path) -> int:
     """Prints the first failure of a run and returns its exit code."""
     assert failed.code is not None
-    first = first_failure(failures) if failure_file(failures, failed.rank).exists() else None
-    if first is None:
-        if failed.code != USER_MISTAKE:  # a parser that exits with 2 has said why
-            to_stderr(explain(failed))
+    silent = not failure_file(failures, failed.rank).exists()
+    if silent and failed.code != USER_MISTAKE:
+        to_stderr(explain(failed))
+        return failed.code
+    first = first_failure(failures)
+    if first is None:  # a parser that exits with 2 has said why itself
         return failed.code
     to_stderr(first.text if first.code == USER_MISTAKE else f"rank {first.rank} failed first:\n{first.text}")
     return first.code

@@ -57,6 +57,12 @@ def mistake_on_one(rank):
         raise ValueError("shard 7 is cut short")
     dist.barrier()
 
+def mistake_told_to_the_others(rank):
+    if rank == 1:
+        raise SystemExit(2)  # was told, and leaves the word to rank 0
+    time.sleep(0.3)
+    raise ValueError("runs/a: another run is in this folder")
+
 def bug_while_others_sleep(rank):
     if rank == 1:
         raise KeyError("lost")
@@ -194,6 +200,11 @@ def test_a_mistake_that_all_ranks_find_is_one_line_and_code_2(begin: Begin) -> N
 def test_a_mistake_that_one_rank_finds_is_not_buried_under_the_others_lost_connections(begin: Begin) -> None:
     _, err = ended(begin("mistake_on_one"), code=2)
     assert err == "tandem: error: shard 7 is cut short\n"
+
+
+def test_a_rank_that_leaves_with_2_leaves_the_word_to_the_one_that_knows(begin: Begin) -> None:
+    _, err = ended(begin("mistake_told_to_the_others"), code=2)
+    assert err == "tandem: error: runs/a: another run is in this folder\n"
 
 
 def test_a_bug_shows_its_rank_and_traceback_and_ends_the_others_in_seconds(begin: Begin) -> None:
