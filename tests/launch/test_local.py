@@ -58,9 +58,10 @@ def mistake_on_one(rank):
     dist.barrier()
 
 def mistake_told_to_the_others(rank):
+    group()
     if rank == 1:
         raise SystemExit(2)  # was told, and leaves the word to rank 0
-    time.sleep(0.3)
+    time.sleep(0.2)
     raise ValueError("runs/a: another run is in this folder")
 
 def bug_while_others_sleep(rank):
