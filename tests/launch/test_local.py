@@ -60,8 +60,9 @@ def mistake_on_one(rank):
 def mistake_told_to_the_others(rank):
     group()
     if rank == 1:
+        time.sleep(0.1)  # until rank 0 has left the collective too
         raise SystemExit(2)  # was told, and leaves the word to rank 0
-    time.sleep(0.2)
+    time.sleep(0.3)
     raise ValueError("runs/a: another run is in this folder")
 
 def bug_while_others_sleep(rank):
@@ -131,7 +132,7 @@ class Begin:
     def __call__(self, *arguments: str, processes: int = 2, grace: float = 1.0) -> "subprocess.Popen[str]":
         script = (
             "import sys; from launch import local; from trainer.errors import boundary;"
-            f"local.SETTLE, local.GRACE = 0.5, {grace};"
+            f"local.SETTLE, local.GRACE = 1.0, {grace};"
             f"sys.exit(boundary(lambda argv: local.launch('stand_in', argv, processes={processes}), sys.argv[1:]))"
         )
         process = subprocess.Popen(
