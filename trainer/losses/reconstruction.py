@@ -1,0 +1,298 @@
+"""Likelihoods p(x|z): what a decoder's output means, its negative log-likelihood in nats, its mean and its samples.
+
+Images are Tandem's, (B, C, H, W) in [-1, 1]. `nll` is float32 (float64 stays), (B,), summed over C, H and W.
+A density's nats refer to the scale [-1, 1]; a discrete likelihood's to the levels themselves (see `bits_per_dim`).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+HALF_RANGE = 127.5  # 8-bit levels a unit of [-1, 1]
+Number = TypeVar("Number", float, Tensor)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Each value as the probability of white, by a cross entropy: for drawings and for grey values near black or white.
+
+    The decoder gives logits. x in [-1, 1] is (x + 1) / 2 in [0, 1]; a grey value counts as a probability, so this is no
+    likelihood of 8-bit images and its bits per dimension compare with other Bernoulli figures only."""
+
+    kind: Literal["bernoulli"] = "bernoulli"
+    """Cross entropy with logits (Kingma and Welling 2014, appendix C.1)."""
+    discrete: ClassVar[bool] = True
+    learn_scale: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """For the board: what the nats are nats of."""
+        return "bernoulli, grey values as probabilities"
+
+    def parameters(self, channels: int) -> int:
+        """Channels that the decoder's last layer has."""
+        return channels
+
+    def nll(self, parameters: Tensor, image: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """Logits and images (B, C, H, W) -> nats (B,), never negative.
+
+        ValueError where an image on the CPU leaves [-1, 1]; on a GPU that would wait for the device, so there it is
+        `check_targets`, called once by whoever starts a run."""
+        if image.device.type == "cpu":
+            check_targets(image)
+        # torch's form is the fastest of those tried on CPU: README.md
+        target = _full(image).add(1.0).mul(0.5)
+        return _total(functional.binary_cross_entropy_with_logits(_full(parameters), target, reduction="none"))
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1]."""
+        return _full(parameters).sigmoid() * 2.0 - 1.0  # = tanh(l / 2), in a fraction of its time on CPU
+
+    def draws(self, channels: int) -> int:
+        """Channels of uniform draws that `sample` takes."""
+        return channels
+
+    def sample(self, parameters: Tensor, uniform: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """Images of -1 and 1; uniform (B, draws, H, W) in [0, 1)."""
+        return torch.where(uniform < _full(parameters).sigmoid(), 1.0, -1.0)
+
+    def hint(self, channels: int) -> str | None:
+        """One line where another likelihood suits the images better."""
+        if channels == 1:
+            return None
+        return "likelihood: bernoulli suits drawings; for colour photographs try laplace or logistic_mixture"
+
+
+@dataclass(frozen=True)
+class _Location:
+    """Gaussian and Laplace: the decoder gives the mean itself, one scale serves all elements."""
+
+    kind: Literal["gaussian", "laplace"]
+    discrete: ClassVar[bool] = False
+    scale: float = 1.0
+    """Scale of the density on [-1, 1], where one 8-bit level is 1 / 127.5; the start where it is learned."""
+    learn_scale: bool = False
+    """Learns one log-scale for all elements (Rybkin et al. 2021), from log(scale) on."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale: {self.scale} is no scale of a density; give a number above 0, such as 0.1")
+
+    def parameters(self, channels: int) -> int:
+        """Channels that the decoder's last layer has."""
+        return channels
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The decoder's output as it is: near [-1, 1], not clamped, so that no gradient is lost (to_uint8 clamps)."""
+        return _full(parameters)
+
+    def draws(self, channels: int) -> int:
+        """Channels of uniform draws that `sample` takes."""
+        return channels
+
+    def hint(self, channels: int) -> str | None:
+        """One line where another likelihood suits the images better."""
+        return None
+
+    def _log_scale(self, log_scale: Tensor | None) -> Tensor | float:
+        """Natural logarithm of the scale: (B,), or one number."""
+        assert (log_scale is not None) == self.learn_scale, "a learned scale comes from the network"
+        return math.log(self.scale) + (0.0 if log_scale is None else _full(log_scale))
+
+    def _standard(self, parameters: Tensor, image: Tensor, log_scale: Tensor | float) -> Tensor:
+        return (_full(image) - _full(parameters)) * _rows(_exp(-log_scale))
+
+    def _moved(self, parameters: Tensor, standard: Tensor, log_scale: Tensor | None) -> Tensor:
+        return _full(parameters) + standard * _rows(_exp(self._log_scale(log_scale)))
+
+
+@dataclass(frozen=True)
+class Gaussian(_Location):
+    """Normal density of one scale: squared error in nats."""
+
+    kind: Literal["gaussian"] = "gaussian"
+    """Normal density around the decoder's output."""
+
+    @property
+    def name(self) -> str:
+        """For the board: what the nats are nats of."""
+        return "gaussian density on [-1, 1]"
+
+    def nll(self, parameters: Tensor, image: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """Means and images (B, C, H, W), log_scale (B,) where it is learned -> nats (B,), negative for sharp densities."""
+        log = self._log_scale(log_scale)
+        squares = _total(self._standard(parameters, image, log).square())
+        return 0.5 * squares + image[0].numel() * (log + 0.5 * math.log(2.0 * math.pi))
+
+    def sample(self, parameters: Tensor, uniform: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), not clamped; uniform (B, draws, H, W) in [0, 1)."""
+        return self._moved(parameters, torch.special.ndtri(_inside(uniform)), log_scale)
+
+
+@dataclass(frozen=True)
+class Laplace(_Location):
+    """Double exponential density of one scale: L1 in nats. With a learned scale it is the nll of latent diffusion
+    (rec / exp(logvar) + logvar, Rombach et al. 2022) plus log 2 an element."""
+
+    kind: Literal["laplace"] = "laplace"
+    """Double exponential density around the decoder's output."""
+
+    @property
+    def name(self) -> str:
+        """For the board: what the nats are nats of."""
+        return "laplace density on [-1, 1]"
+
+    def nll(self, parameters: Tensor, image: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """Medians and images (B, C, H, W), log_scale (B,) where it is learned -> nats (B,), of either sign."""
+        log = self._log_scale(log_scale)
+        errors = _total(self._standard(parameters, image, log).abs())
+        return errors + image[0].numel() * (log + math.log(2.0))
+
+    def sample(self, parameters: Tensor, uniform: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), not clamped; uniform (B, draws, H, W) in [0, 1)."""
+        side = _inside(uniform) - 0.5
+        return self._moved(parameters, -side.sign() * torch.log1p(-2.0 * side.abs()), log_scale)
+
+
+@dataclass(frozen=True)
+class LogisticMixture:
+    """Discretised mixture of logistics over the 256 levels (Salimans et al. 2017, PixelCNN++, section 2.1).
+
+    One mixture a pixel, shared by its channels; given the component, channels are independent (the paper also lets
+    green depend on red, and blue on both). Decoder's channels: K logits, then K means for each channel, then K
+    log-scales for each channel."""
+
+    kind: Literal["logistic_mixture"] = "logistic_mixture"
+    """Mixture of logistics, integrated over each of 256 bins."""
+    components: int = 10
+    """Logistics in the mixture; 10 in Salimans et al. 2017 (5 suffice there)."""
+    discrete: ClassVar[bool] = True
+    learn_scale: ClassVar[bool] = False
+    SMALLEST: ClassVar[float] = -7.0  # log-scale, as PixelCNN++: an eighth of a level
+    LARGEST: ClassVar[float] = 7.0  # flat over the range; keeps exp finite
+
+    def __post_init__(self) -> None:
+        if self.components < 1:
+            raise ValueError(f"components: {self.components} make no mixture; 1 or more")
+
+    @property
+    def name(self) -> str:
+        """For the board: what the nats are nats of."""
+        return f"8-bit levels, mixture of {self.components} logistics"
+
+    def parameters(self, channels: int) -> int:
+        """Channels that the decoder's last layer has."""
+        return self.components * (1 + 2 * channels)
+
+    def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-weights (B, K, 1, H, W), means and log-scales (B, K, C, H, W)."""
+        x = _full(parameters)
+        k = self.components
+        channels = (x.shape[1] // k - 1) // 2
+        assert x.shape[1] == self.parameters(channels), f"{x.shape[1]} channels are not those of {k} components"
+        weights = x[:, :k].log_softmax(1).unsqueeze(2)
+        means, scales = x[:, k:].view(len(x), 2, channels, k, *x.shape[2:]).transpose(2, 3).unbind(1)
+        return weights, means, scales.clamp(self.SMALLEST, self.LARGEST)
+
+    def nll(self, parameters: Tensor, image: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """Parameters (B, P, H, W), images (B, C, H, W) -> nats (B,), never negative; each value counts as its level."""
+        weights, means, scales = self._split(parameters)
+        level = ((_full(image) + 1.0) * HALF_RANGE).round().unsqueeze(1)
+        x = level / HALF_RANGE - 1.0
+        inverse = torch.exp(-scales)
+        above = (x + 1.0 / 255.0 - means) * inverse  # PixelCNN++ takes bins of 2/255, the spacing of the levels
+        below = (x - 1.0 / 255.0 - means) * inverse
+        # log(s(a) - s(b)) = log s(a) + log s(-b) + log(1 - e^(b - a)): exact in the tails, where the paper's code
+        # switches to the density. The first bin has no lower edge and is s(a), the last has no upper one and is s(-b)
+        zero = torch.zeros((), dtype=x.dtype, device=x.device)
+        below_edge = torch.where(level <= 0.0, zero, functional.logsigmoid(-below))
+        above_edge = torch.where(level >= 255.0, zero, functional.logsigmoid(above))
+        inner = (level > 0.0) & (level < 255.0)
+        width = torch.where(inner, torch.log(-torch.expm1(-(2.0 / 255.0) * inverse)), zero)
+        by_component = weights.squeeze(2) + (below_edge + above_edge + width).sum(2)
+        return _total(-torch.logsumexp(by_component, 1).clamp(max=0.0).unsqueeze(1))
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1]: the weighted mean of the components, each clamped to the range."""
+        weights, means, _ = self._split(parameters)
+        return (weights.exp() * means.clamp(-1.0, 1.0)).sum(1)
+
+    def draws(self, channels: int) -> int:
+        """Channels of uniform draws that `sample` takes: one chooses the component."""
+        return channels + 1
+
+    def sample(self, parameters: Tensor, uniform: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) on the 256 levels; uniform (B, draws, H, W) in [0, 1)."""
+        weights, means, scales = self._split(parameters)
+        reached = weights.exp().cumsum(1) <= uniform[:, :1].unsqueeze(1)
+        chosen = reached.sum(1, keepdim=True).clamp(max=self.components - 1).expand(-1, -1, means.shape[2], -1, -1)
+        inside = _inside(uniform[:, 1:])
+        x = means.gather(1, chosen).squeeze(1) + scales.gather(1, chosen).squeeze(1).exp() * torch.logit(inside)
+        return ((x.clamp(-1.0, 1.0) + 1.0) * HALF_RANGE).round() / HALF_RANGE - 1.0
+
+    def hint(self, channels: int) -> str | None:
+        """One line where another likelihood suits the images better."""
+        return None
+
+
+LIKELIHOODS = {
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+    "laplace": Laplace,
+    "logistic_mixture": LogisticMixture,
+}
+Likelihood = Annotated[Bernoulli | Gaussian | Laplace | LogisticMixture, Field(discriminator="kind")]
+
+
+def bits_per_dim(nats: Number, *, dims: int, discrete: bool) -> Number:
+    """Nats an image -> bits a dimension (C*H*W of them), for 8-bit levels.
+
+    discrete: the nats are of the levels themselves. A density on [-1, 1] adds log2(127.5), the change of scale to
+    levels; its figure is a bound for 8-bit data only where the input was dequantised (`dequantize`)."""
+    return nats / (dims * math.log(2.0)) + (0.0 if discrete else math.log2(HALF_RANGE))
+
+
+def dequantize(image: Tensor, uniform: Tensor) -> Tensor:
+    """Adds noise of one level, uniform around it, to images on the 256 levels (Theis et al. 2016, section 3.1).
+
+    image (B, C, H, W) in [-1, 1], uniform the same shape in [0, 1) -> within half a level of [-1, 1]."""
+    return image + (uniform - 0.5) / HALF_RANGE
+
+
+def check_targets(image: Tensor) -> None:
+    """ValueError where an image leaves [-1, 1], naming what was found; waits for the device."""
+    low, high = (float(v) for v in image.detach().aminmax())
+    if not (low >= -1.0 and high <= 1.0):
+        raise ValueError(
+            f"likelihood: bernoulli takes images in [-1, 1] and maps them to [0, 1] itself; these run from {low:.4g} "
+            f"to {high:.4g}; scale them first"
+        )
+
+
+def _full(x: Tensor) -> Tensor:
+    """float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _total(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B,); over dimensions, so that channels-last memory is not copied."""
+    return x.sum((1, 2, 3))
+
+
+def _exp(x: Tensor | float) -> Tensor | float:
+    return x.exp() if isinstance(x, Tensor) else math.exp(x)
+
+
+def _rows(x: Tensor | float) -> Tensor | float:
+    """(B,) -> (B, 1, 1, 1)."""
+    return x.view(-1, 1, 1, 1) if isinstance(x, Tensor) else x
+
+
+def _inside(uniform: Tensor) -> Tensor:
+    """[0, 1) -> (0, 1): an inverse distribution function is finite there."""
+    return uniform.clamp(2.0**-25, 1.0 - 2.0**-24)
