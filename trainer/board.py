@@ -78,9 +78,9 @@ class Board:
         self._records = RecordWriter(self._file)
         self._flushed = time.monotonic()
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if resume_images:  # a TensorBoard that is running drops what it has read beyond this step
-            restart = SessionLog(status=SessionLog.START)
-            self._write(Event(wall_time=time.time(), step=resume_images + 1, session_log=restart))
+        # A TensorBoard that is running drops what it has read from this step on, at every START but the first.
+        begin = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=self._start + 1 if self._start else 0, session_log=begin))
         self.flush()
 
     def scalars(self, images: int, values: Mapping[str, float]) -> None:
