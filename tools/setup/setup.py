@@ -278,7 +278,7 @@ def main() -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` at once: the second waits and finds it done
             freeze() if arguments.freeze else set_up()
-        except SetupError as error:
+        except (SetupError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
             print(f"setup: error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
