@@ -82,7 +82,8 @@ def write_png(path: Path, picture: Picture, *, overwrite: bool = False) -> Path:
         temporary.write_bytes(png(picture))
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise OSError(error.errno, f"picture not written ({error.strerror})", str(path)) from error
     return path
 
