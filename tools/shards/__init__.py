@@ -1,0 +1,1 @@
+"""`tandem data make` and `tandem data check`: WebDataset shards with an index."""

@@ -1,0 +1,43 @@
+"""An image as bytes for a shard."""
+
+import io
+
+import numpy as np
+import simplejpeg
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+from PIL import Image
+
+FORMATS = ("auto", "npy", "png", "jpeg", "webp")
+SMALL = 64
+"""Pixels: images that are no larger are stored as they are (.npy), which reads 50 times faster than PNG."""
+JPEG_QUALITY = 95
+
+
+def npy(image: NDArray[np.uint8]) -> bytes:
+    """uint8 (H, W, C) as an .npy file, version 1.0: 128 bytes of header, then the pixels."""
+    file = io.BytesIO()
+    npy_format.write_array(file, np.ascontiguousarray(image), version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def encode(image: NDArray[np.uint8], form: str) -> tuple[str, bytes]:
+    """(field, bytes) of a uint8 (H, W, C) image. auto: npy up to 64 x 64, else JPEG of quality 95 without chroma loss."""
+    height, width, channels = image.shape
+    if form == "auto":
+        form = "npy" if max(height, width) <= SMALL else "jpeg"
+    if form == "npy":
+        return "npy", npy(image)
+    if form == "jpeg":
+        colour = "GRAY" if channels == 1 else "RGB"
+        data = simplejpeg.encode_jpeg(
+            np.ascontiguousarray(image), quality=JPEG_QUALITY, colorspace=colour, colorsubsampling="444"
+        )
+        return "jpg", data
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    file = io.BytesIO()
+    if form == "png":
+        picture.save(file, "PNG", compress_level=6)
+    else:
+        picture.save(file, "WEBP", lossless=True, quality=50, method=4)
+    return form, file.getvalue()

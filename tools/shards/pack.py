@@ -1,0 +1,318 @@
+"""Writes shards and their index: in parallel, in a fixed order, resumable, never over anything that is there.
+
+While at work, DEST holds .unfinished/ with what is done; every finished shard is noted there. The same command goes on from
+the last whole shard and gives the same bytes as an uninterrupted one. The index is written last.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from trainer import durable
+from trainer.data import tar
+from trainer.data.index import FORMAT, LABEL_FIELD, UNFINISHED, Spans
+
+Item = TypeVar("Item")
+
+
+class Packed(NamedTuple):
+    """A sample that is ready to be written."""
+
+    key: str
+    """Holds no dot and no slash."""
+    field: str
+    data: bytes
+    label: int
+    """-1 for none."""
+    metadata: Mapping[str, Any] | None
+    shape: tuple[int, int, int]
+    """Height, width, channels."""
+    converted: tuple[str, ...] = ()
+    """What was done to the pixels, for the report."""
+
+
+class LeftOut(NamedTuple):
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan(Generic[Item]):
+    splits: Mapping[str, Sequence[Item]]
+    """What each split is made of, in the order of writing."""
+    classes: tuple[str, ...]
+    options: Mapping[str, Any]
+    """JSON. What the bytes depend on: an unfinished set goes on only with equal ones."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """JSON, for the report."""
+
+
+def pack(
+    dest: Path,
+    plan: Plan[Item],
+    encode: Callable[[str, int, Item], Packed | LeftOut],
+    *,
+    shard_bytes: int,
+    workers: int,
+    max_bad: float,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Writes DEST/SPLIT/*.tar and the indices; returns the report. encode(split, number, item) runs in `workers` threads.
+
+    ValueError: DEST is taken, or more than `max_bad` of the images are bad (then no index is written).
+    """
+    with _workplace(dest, plan) as state:
+        advance(sum(state["next"].values()))
+        for split, items in plan.splits.items():
+            _pack_split(dest, split, items, encode, state, shard_bytes=shard_bytes, workers=workers, advance=advance)
+        report = {**plan.notes, "converted": state["converted"], "left_out": state["left_out"]}
+        _judge(dest, plan, state, max_bad)
+        for split in sorted(plan.splits):
+            _write_index(dest, split, plan, state, report)
+        shutil.rmtree(dest / UNFINISHED)
+    return report
+
+
+def complete(dest: Path, splits: Sequence[str], options: Mapping[str, Any]) -> bool:
+    """Whether DEST is finished and of these options. ValueError where it holds anything else: nothing is overwritten."""
+    if (dest / UNFINISHED).exists() or not dest.exists():
+        return False
+    if not dest.is_dir():
+        raise ValueError(f"{dest}: is a file; choose a folder for the shards")
+    if not any(dest.iterdir()):
+        return False
+    paths = [dest / split / "index.json" for split in splits]
+    if not all(path.exists() for path in paths):
+        raise ValueError(f"{dest}: is not empty and not a set of shards; choose a new folder, nothing is overwritten")
+    made = json.loads(paths[0].read_text(encoding="utf-8")).get("options")
+    if made != _plain(options):
+        raise ValueError(
+            f"{dest}: holds a finished set that was made from something else or otherwise; "
+            "choose a new folder or remove it, nothing is overwritten"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _workplace(dest: Path, plan: Plan[Item]) -> Iterator[dict[str, Any]]:
+    """What is done so far, with DEST locked against a second maker."""
+    work = dest / UNFINISHED
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{dest}: another `tandem data make` is at work there") from None
+        path = work / "state.json"
+        if path.exists():
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if state["options"] != _plain(plan.options):
+                raise ValueError(
+                    f"{dest}: holds an unfinished set that was begun from other files or with other options; "
+                    "finish it with these, or remove the folder"
+                )
+        else:
+            state = {
+                "options": _plain(plan.options),
+                "next": dict.fromkeys(plan.splits, 0),
+                "shards": {split: [] for split in plan.splits},
+                "image": {split: None for split in plan.splits},
+                "converted": {},
+                "left_out": [],
+            }
+            _save(dest, state)
+        yield state
+
+
+def _plain(options: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(options))
+
+
+def _save(dest: Path, state: Mapping[str, Any]) -> None:
+    _write(dest / UNFINISHED / "state.json", json.dumps(state).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Aside, flushed, renamed."""
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    durable.flush(path.parent)
+
+
+def _pack_split(
+    dest: Path,
+    split: str,
+    items: Sequence[Item],
+    encode: Callable[[str, int, Item], Packed | LeftOut],
+    state: dict[str, Any],
+    *,
+    shard_bytes: int,
+    workers: int,
+    advance: Callable[[int], None],
+) -> None:
+    folder = dest / split
+    folder.mkdir(exist_ok=True)
+    shard = _Shard(folder, split, len(state["shards"][split]))
+    try:
+        with contextlib.closing(_ordered(split, items, encode, start=state["next"][split], workers=workers)) as results:
+            for number, result in results:
+                if isinstance(result, Packed):
+                    members = _members(result)
+                    if shard.samples and shard.position + sum(map(len, members)) > shard_bytes:
+                        shard.finish(dest, state, following=number)
+                        shard = _Shard(folder, split, len(state["shards"][split]))
+                    shard.add(result, members)
+                else:
+                    shard.left_out.append(result)
+                advance(1)
+        if shard.samples or shard.left_out:
+            shard.finish(dest, state, following=len(items))
+    finally:
+        shard.discard()
+
+
+def _ordered(
+    split: str, items: Sequence[Item], encode: Callable[[str, int, Item], Packed | LeftOut], *, start: int, workers: int
+) -> Iterator[tuple[int, Packed | LeftOut]]:
+    """Results in the order of the items, a few ahead of the writer."""
+    if workers < 2:
+        yield from ((number, encode(split, number, items[number])) for number in range(start, len(items)))
+        return
+    waiting: deque[tuple[int, Future[Packed | LeftOut]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
+        try:
+            for number in range(start, len(items)):
+                waiting.append((number, pool.submit(encode, split, number, items[number])))
+                if len(waiting) >= 4 * workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _members(sample: Packed) -> list[bytes]:
+    assert "." not in sample.key and "/" not in sample.key
+    found = [tar.member(f"{sample.key}.{sample.field}", sample.data)]
+    if sample.label >= 0:
+        found.append(tar.member(f"{sample.key}.{LABEL_FIELD}", str(sample.label).encode()))
+    if sample.metadata is not None:
+        found.append(tar.member(f"{sample.key}.json", json.dumps(sample.metadata).encode()))
+    return found
+
+
+class _Shard:
+    """A shard in the making: the file lies aside until it is whole."""
+
+    def __init__(self, folder: Path, split: str, number: int) -> None:
+        self.split, self.path = split, folder / f"{split}-{number:05d}.tar"
+        self.aside = folder / f".{self.path.name}.part"
+        self.file = self.aside.open("wb")
+        self.digest = hashlib.sha256()
+        self.position = self.samples = 0
+        self.rows: list[tuple[int, int, int, str]] = []
+        self.spans = Spans()
+        self.converted: dict[str, int] = {}
+        self.left_out: list[LeftOut] = []
+
+    def add(self, sample: Packed, members: Sequence[bytes]) -> None:
+        self.rows.append((self.position + tar.BLOCK, len(sample.data), sample.label, sample.field))
+        self.spans.add(*sample.shape)
+        for what in sample.converted:
+            self.converted[what] = self.converted.get(what, 0) + 1
+        for data in members:
+            self._put(data)
+        self.samples += 1
+
+    def _put(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.position += len(data)
+
+    def finish(self, dest: Path, state: dict[str, Any], *, following: int) -> None:
+        """The shard gets its name, then its line in the state."""
+        if self.samples:
+            self._put(tar.end(self.position))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            table = io.BytesIO()
+            offset, size, label, names = zip(*self.rows, strict=True)
+            np.savez(table, rows=np.array([offset, size, label], np.int64), field=np.array(names))
+            _write(dest / UNFINISHED / f"{self.path.name}.npz", table.getvalue())
+            self.aside.replace(self.path)
+            durable.flush(self.path.parent)
+            state["shards"][self.split].append({
+                "name": self.path.name, "samples": self.samples, "bytes": self.position, "sha256": self.digest.hexdigest()
+            })  # fmt: skip
+            old = state["image"][self.split]
+            for shape in old or []:
+                self.spans.add(*shape)
+            spans = (self.spans.height, self.spans.width, self.spans.channels)
+            state["image"][self.split] = [[s.low for s in spans if s], [s.high for s in spans if s]]
+        for what, count in self.converted.items():
+            state["converted"][what] = state["converted"].get(what, 0) + count
+        state["left_out"] += [[f"{self.split}: {name}", reason] for name, reason in self.left_out]
+        state["next"][self.split] = following
+        _save(dest, state)
+
+    def discard(self) -> None:
+        self.file.close()
+        self.aside.unlink(missing_ok=True)
+
+
+def _judge(dest: Path, plan: Plan[Item], state: Mapping[str, Any], max_bad: float) -> None:
+    total, bad = sum(map(len, plan.splits.values())), state["left_out"]
+    first = f"; the first: {bad[0][0]}: {bad[0][1]}" if bad else ""
+    for split, items in plan.splits.items():
+        if items and not state["shards"][split]:
+            raise ValueError(f"{dest}: none of the {len(items)} images of the {split} split can be used{first}")
+    if len(bad) > max_bad * total:
+        raise ValueError(
+            f"{dest}: {len(bad)} of {total} images ({len(bad) / total:.1%}) are bad, more than --max-bad {max_bad:g}{first}; "
+            f"{dest / UNFINISHED / 'state.json'} names them all; a higher --max-bad finishes the set without them"
+        )
+
+
+def _write_index(dest: Path, split: str, plan: Plan[Item], state: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    folder = dest / split
+    tables = []
+    for shard in state["shards"][split]:
+        with np.load(dest / UNFINISHED / f"{shard['name']}.npz", allow_pickle=False) as arrays:
+            tables.append((arrays["rows"], arrays["field"]))
+    rows = np.concatenate([rows for rows, _ in tables], axis=1)
+    fields, field_of = np.unique(np.concatenate([names for _, names in tables]), return_inverse=True)
+    file = io.BytesIO()
+    np.savez(file, offset=rows[0], size=rows[1], label=rows[2], field=field_of.astype(np.uint8))
+    _write(folder / "index.npz", file.getvalue())
+    low, high = state["image"][split]
+    spans = dict(zip(("height", "width", "channels"), zip(low, high, strict=True), strict=True))
+    content = {
+        "format": FORMAT,
+        "samples": rows.shape[1],
+        "classes": list(plan.classes),
+        "image": {**spans, "fields": [str(name) for name in fields]},
+        "options": plan.options,
+        "offsets": {"name": "index.npz", "sha256": hashlib.sha256(file.getvalue()).hexdigest()},
+        "shards": state["shards"][split],
+        "report": report,
+    }
+    _write(folder / "index.json", (json.dumps(content, indent=1) + "\n").encode())
