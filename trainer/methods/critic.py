@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainer.losses import adversarial, augment, penalties
+from trainer.losses import adversarial, penalties
+from trainer.losses.augment import Policy, apply, draws
 from trainer.losses.balance import Term
 from trainer.phase import Run
 
@@ -28,7 +29,7 @@ class CriticConfig:
     penalty_interval: int = 0
     """Images from one penalty to the next (a multiple of the batch); each is then as many times as large, so the pull over
     time is the same (Karras et al. 2020). No learning rate is corrected: the penalty shares the loss's update. 0: always."""
-    augment: tuple[augment.Policy, ...] = ()
+    augment: tuple[Policy, ...] = ()
     """Differentiable augmentation of real and fake in both phases (Zhao et al. 2020): color, translation, cutout."""
 
     def check(self, *, batch: int) -> None:
@@ -101,8 +102,8 @@ class Critic:
         if not self.config.augment:
             return images
         groups = len(images) // len(run.batch.image)
-        draws = augment.draws(run.uniform, self.config.augment)
-        return torch.cat([augment.apply(part, self.config.augment, draws) for part in images.chunk(groups)])
+        drawn = draws(run.uniform, self.config.augment)
+        return torch.cat([apply(part, self.config.augment, drawn) for part in images.chunk(groups)])
 
 
 def _mean_over_fakes(values: Tensor, batch: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +16,9 @@ from trainer.parallel.engine import Applied
 from trainer.parallel.ranks import Ranks
 
 T = TypeVar("T")
+
+# a head with one output has a weight (1, n) whose two strides mean the same memory; DDP copies it and says so on every run
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 class DDPEngine:
