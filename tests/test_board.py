@@ -157,6 +157,22 @@ def test_a_record_that_a_kill_cut_short_hides_nothing_that_comes_after(tmp_path:
     ]  # fmt: skip
 
 
+def test_steps_that_are_doubled_already_become_single_on_resume(tmp_path: Path) -> None:
+    board = open_board(tmp_path, resume_images=None)
+    assert isinstance(board, Board)
+    board.scalars(1, {"a": 1.0})
+    board.scalars(2, {"a": 2.0, "b": 2.0})
+    board.close()
+    later = board.path.with_name("events.out.tfevents.9999999999.000000.other.1")
+    other = open_board(tmp_path / "other", resume_images=None)
+    assert isinstance(other, Board)
+    other.scalars(2, {"a": 7.0, "c": 7.0})
+    other.close()
+    other.path.rename(later)
+    open_board(tmp_path, resume_images=2, log=quiet).close()
+    assert [tensors(tmp_path, tag) for tag in "abc"] == [[(1, 1.0), (2, 2.0)], [(2, 2.0)], [(2, 7.0)]]
+
+
 def test_files_with_nothing_to_cut_are_left_as_they_are(tmp_path: Path) -> None:
     board = open_board(tmp_path, resume_images=None)
     board.scalars(1, {"a": 1.0})

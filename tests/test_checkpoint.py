@@ -291,6 +291,23 @@ def test_retention_keeps_the_last_the_best_and_the_marked(tmp_path: Path) -> Non
     assert checkpoint.retain(tmp_path, keep_last=1, best="metrics.absent") == [paths[1]]
 
 
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = save(tmp_path, 1), save(tmp_path, 2)
+
+    def killed(path: Path) -> None:
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("trainer.checkpoint.shutil.rmtree", killed)
+        checkpoint.retain(tmp_path, keep_last=1)
+    assert not old.exists()
+    assert checkpoint.choose(tmp_path, "auto") == new
+    assert names(tmp_path) == [new.name]
+
+
 def test_a_damaged_one_does_not_count_among_the_last(tmp_path: Path) -> None:
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     truncate(bad / "generator.safetensors")
@@ -343,8 +360,10 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(small_disk: Pa
     assert caught.value.filename == str(small_disk / "checkpoints" / "000000000128")
     assert listing(small_disk) == before and names(small_disk) == [good.name]
     assert checkpoint.choose(small_disk, "auto") == good
-    with pytest.raises(ValueError, match="room for"):
-        checkpoint.room_for(small_disk, 900_000, keep_last=1)
+    checkpoint.room_for(small_disk, 400_000, keep_last=1)  # what the run's own checkpoint holds will be free
+    checkpoint.mark(good)
+    with pytest.raises(ValueError, match=r"room for 0\.7 MB, but 2 checkpoints .* of 0\.4 MB need 0\.8 MB"):
+        checkpoint.room_for(small_disk, 400_000, keep_last=1)
 
 
 def test_a_file_limit_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ RACE = """
 import sys, time
 from pathlib import Path
 from trainer import runlock
-if sys.argv[3] == "no flock":
+if sys.argv[2] == "no flock":
     import errno
     def refuse(descriptor, operation):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
@@ -58,6 +58,19 @@ def go(process: "subprocess.Popen[str]") -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
+
+
+def answers_of_six(folder: Path, kind: str) -> list[str]:
+    """What six processes say that try to take the lock at once; who is inside stays until all have answered."""
+    processes = [start(RACE, str(folder), kind) for _ in range(6)]
+    try:
+        assert [line(process) for process in processes] == ["ready"] * 6
+        for process in processes:
+            go(process)
+        return [line(process) for process in processes]
+    finally:
+        for process in processes:
+            process.communicate("\n")
 
 
 @pytest.fixture
@@ -103,17 +116,9 @@ def test_an_unreadable_lock_file_still_locks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["flock", "no flock"])
 def test_of_many_that_start_at_once_exactly_one_gets_in(tmp_path: Path, kind: str) -> None:
-    processes = [start(RACE, str(tmp_path), "", kind) for _ in range(6)]
-    try:
-        assert [line(process) for process in processes] == ["ready"] * 6
-        for process in processes:
-            go(process)
-        answers = [line(process) for process in processes]
-        assert answers.count("inside") == 1
-        assert sum("is in use by" in answer for answer in answers) == 5
-    finally:
-        for process in processes:
-            process.communicate("\n")
+    answers = answers_of_six(tmp_path, kind)
+    assert answers.count("inside") == 1
+    assert sum("is in use by" in answer for answer in answers) == 5
 
 
 def test_without_flock_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path, no_flock: None) -> None:
@@ -123,6 +128,13 @@ def test_without_flock_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path, 
     with RunLock(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} on"), RunLock(tmp_path):
         pass
     assert not (tmp_path / ".lock.holder").exists()
+
+
+def test_without_flock_of_many_that_find_a_dead_processes_lock_exactly_one_gets_in(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    (tmp_path / ".lock.holder").write_text(json.dumps({"host": socket.gethostname(), "pid": gone.pid}))
+    assert answers_of_six(tmp_path, "no flock").count("inside") == 1
 
 
 def test_without_flock_the_lock_of_another_host_is_respected(tmp_path: Path, no_flock: None) -> None:

@@ -227,8 +227,8 @@ def size_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
 def room_for(folder: Path, size_bytes: int, keep_last: int) -> None:
     """ValueError, with both numbers, unless the disk takes `keep_last` + 1 checkpoints.
 
-    An old one is removed only after the new one is complete, hence + 1. Room that the run's own checkpoints hold counts
-    as free. OSError, naming the folder, if it cannot be written.
+    An old one is removed only after the new one is complete, hence + 1. Room that the run's own checkpoints hold, but
+    for the marked ones, counts as free. OSError, naming the folder, if it cannot be written.
     """
     place = folder / FOLDER
     probe = place / f"{TEMPORARY[0]}probe-{os.getpid()}"
@@ -238,8 +238,8 @@ def room_for(folder: Path, size_bytes: int, keep_last: int) -> None:
     except OSError as error:
         advice = f"the run's folder cannot be written ({error.strerror}); choose another `run`"
         raise OSError(error.errno or errno.EIO, advice, str(place)) from error
-    own, _ = _found(folder)
-    held = sum(file.stat().st_size for path in own for file in entries(path))
+    ours = [path for path in entries(place) if not ASIDE.fullmatch(path.name) and not (path / "KEEP").exists()]
+    held = sum(file.stat().st_size for path in ours for file in entries(path))
     room, needed = shutil.disk_usage(place).free + held, (keep_last + 1) * size_bytes
     if room < needed:
         raise ValueError(

@@ -81,6 +81,8 @@ def _kept(event: Any, *, images: int, last: dict[str, int]) -> Any | None:
     """The event itself if all of it stays, a smaller one if some of its values do, None if nothing does."""
     if event.step > images:
         return None
+    if event.HasField("session_log") and last:  # a restart makes readers drop what precedes; nothing is left to drop
+        return None
     if not event.HasField("summary"):
         return event
     values = []

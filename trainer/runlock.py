@@ -69,10 +69,21 @@ class RunLock:
                 holder = _read(path)
                 if not _dead(holder):
                     raise self._refusal(holder, f" (if it is gone, remove {path})") from error
-                path.unlink(missing_ok=True)
+                self._take_away(path)
             finally:
                 mine.unlink(missing_ok=True)
         raise self._refusal(_read(path))
+
+    def _take_away(self, path: Path) -> None:
+        """Removes a dead process's file. By renaming, so that of two that try one gets it and sees what it got."""
+        taken = path.with_name(f"{path.name}.stale.{socket.gethostname()}.{os.getpid()}")
+        try:
+            path.rename(taken)
+        except FileNotFoundError:
+            return
+        if not _dead(_read(taken)):  # another process was faster, and this is its new file
+            os.link(taken, path)
+        taken.unlink()
 
     def _refusal(self, holder: dict[str, str | int], advice: str = "") -> ValueError:
         who = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= holder.keys() else "another process"
