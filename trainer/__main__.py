@@ -9,7 +9,8 @@ from pathlib import Path
 from trainer.errors import boundary
 
 USAGE = """\
-usage: tandem train CONFIG [key=value ...]         also: accelerate launch -m trainer, torchrun -m trainer, python -m trainer
+usage: tandem train CONFIG [key=value ...]
+       accelerate launch -m trainer, torchrun -m trainer and python -m trainer take the same
 
 example:
   tandem train configs/vaegan_fashion.yaml optim.lr=2e-4 run=runs/try

@@ -48,9 +48,7 @@ def build_engines(config: Config, method: Method, networks: Mapping[str, nn.Modu
 
 def averages(engines: Mapping[str, Engine]) -> dict[str, nn.Module]:
     """What is sampled and evaluated: the average where one is kept, the bare network elsewhere."""
-    return {
-        name: engine.network if engine.average is None else engine.average for name, engine in engines.items()
-    }
+    return {name: engine.network if engine.average is None else engine.average for name, engine in engines.items()}
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

@@ -6,12 +6,13 @@ Says what a config would do, without training: sizes, cost, memory, batches; tri
 import argparse
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer import build, checkpoint
@@ -21,7 +22,8 @@ from trainer.data import Stream, to_device
 from trainer.health import NonFinite
 from trainer.methods import Method
 from trainer.parallel.config import DDPConfig
-from trainer.parallel.ranks import start
+from trainer.parallel.engine import Engine
+from trainer.parallel.ranks import Ranks, start
 from trainer.phase import Run
 from trainer.saving import Saver
 from trainer.step import means, train_step
@@ -77,72 +79,81 @@ def main(argv: list[str]) -> int:
 
 def check(config: Config, *, world: int) -> dict[str, str]:
     """What `tandem check` prints: name -> figure with its unit. Two updates of one rank's share are taken for real."""
-    micro_batches = config.micro_batches(world)
-    share = config.share(world)
+    micro_batches, share = config.micro_batches(world), config.share(world)
     ranks = start(DDPConfig(processes=1))
     try:
-        # the stream and the batch of one rank among `world`; its updates are this rank's alone
-        stream = Stream(config.data, split="train", batch=config.batch, rank=0, world=world, seed=config.seed)
-        test = Stream(config.data, split="test", batch=config.batch, rank=0, world=world, seed=config.seed)
+        # the batches of one rank among `world`; without the others the updates are this rank's alone
+        train, test = (
+            Stream(config.data, split=split, batch=config.batch, rank=0, world=world, seed=config.seed)
+            for split in ("train", "test")
+        )
         method = build.build_method(config, device=ranks.device)
         networks = build.build_networks(method, seed=config.seed)
         engines = build.build_engines(dataclasses.replace(config, compile=False), method, networks, ranks)
         run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
-        rows = _sizes(config, method, networks)
         parameters = [p for network in networks.values() for p in network.parameters()]
-        saved, flops = SavedBytes(parameters), 0
-        # past the starts of ramps, so that every phase and every term takes part; penalties are in the first update
-        lazy = getattr(getattr(method, "critic", None), "lazy", 1)
-        late = -(-config.images // (config.batch * lazy)) * config.batch * lazy
-        batches = stream.batches(0)
+
+        saved, batches = SavedBytes(parameters), train.batches(0)
         for update in range(2):
-            given = build.split(to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed), micro_batches)
-            with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-                train_step(method, engines, given, run, images=late + update * config.batch, batch=config.batch, ranks=ranks)
-            flops = counter.get_total_flops()
+            given = to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed)
+            parts = build.split(given, micro_batches)
+            images = _late(config, method) + update * config.batch
+            with FlopCounterMode(display=False) as flops, saved_tensors_hooks(saved.pack, saved.unpack):
+                train_step(method, engines, parts, run, images=images, batch=config.batch, ranks=ranks)
         losses = means(run.kept, ranks)
-        state = sum(_bytes(engine.export().values()) for engine in engines.values())
+        state = sum(_bytes(engine.export()) for engine in engines.values())
         gradients = sum(p.numel() * p.element_size() for p in parameters)
         image = build.image_shape(config)
-        rows |= {
+        rows = {
+            "method": config.method.kind,
+            "networks": ", ".join(
+                f"{name} {sum(p.numel() for p in network.parameters()):,} parameters"
+                for name, network in networks.items()
+            ),
             "image": f"{image.channels} x {image.height} x {image.width}",
-            "global batch": f"{config.batch} images = {world} ranks x {micro_batches} micro-batches x {share // micro_batches}",
-            "updates": f"{-(-config.images // config.batch):,} in {config.images:,} images",
-            "images an epoch": f"{stream.samples:,} train ({config.images / stream.samples:.1f} epochs), {test.samples:,} test",
-            "FLOPs an image": f"{flops / share / 1e6:,.1f} MFLOPs, forward and backward of all phases",
-            "memory a rank": f"{(state + gradients + saved.peak) / 1e6:,.1f} MB: weights, averages, moments {state / 1e6:,.1f}, "
+            "latent": " x ".join(map(str, method.latent_size)),
+            "global batch": f"{config.batch} images: {world} ranks x {micro_batches} micro-batches of "
+            f"{share // micro_batches}",
+            "budget": f"{config.images:,} images, {-(-config.images // config.batch):,} updates, "
+            f"{config.images / train.samples:.1f} epochs",
+            "an epoch": f"{train.samples:,} images; {test.samples:,} to test on",
+            "cost": f"{flops.get_total_flops() / share / 1e6:,.1f} MFLOPs an image, forward and backward of all phases",
+            "memory a rank": f"{(state + gradients + saved.peak) / 1e6:,.1f} MB: state {state / 1e6:,.1f}, "
             f"gradients {gradients / 1e6:,.1f}, activations {saved.peak / 1e6:,.1f}",
-            "two updates": ", ".join(f"{name.removeprefix('loss/')} {value:.4g}" for name, value in losses.items() if name.startswith("loss/")),
-            "a checkpoint": _try_checkpoint(config, ranks, engines, run, stream),
+            "two updates": ", ".join(
+                f"{name.removeprefix('loss/')} {value:.4g}"
+                for name, value in losses.items()
+                if name.startswith("loss/")
+            ),
+            "a checkpoint": _try_checkpoint(config, ranks, engines, run, train),
         }
-        stream.close()
+        train.close()
         test.close()
         return rows
     finally:
         ranks.close()
 
 
-def _sizes(config: Config, method: Method, networks: dict[str, nn.Module]) -> dict[str, str]:
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    return {
-        "method": config.method.kind,
-        "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-        "latent": " x ".join(map(str, method.latent_size)),
-    }
+def _late(config: Config, method: Method) -> int:
+    """Images seen at which every phase and term takes part: past all ramps, and a penalty in the first update."""
+    critic = getattr(method, "critic", None)
+    period = config.batch * (critic.lazy if critic is not None else 1)
+    return -(-config.images // period) * period
 
 
-def _bytes(groups: object) -> int:
-    return sum(t.numel() * t.element_size() for group in groups for t in group.values())  # type: ignore[attr-defined]
+def _bytes(groups: Mapping[str, Mapping[str, Tensor]]) -> int:
+    return sum(t.numel() * t.element_size() for group in groups.values() for t in group.values())
 
 
-def _try_checkpoint(config: Config, ranks: object, engines: object, run: Run, stream: Stream) -> str:
+def _try_checkpoint(config: Config, ranks: Ranks, engines: Mapping[str, Engine], run: Run, stream: Stream) -> str:
     """Writes and reads one where the run's would lie, and leaves nothing behind."""
     existing = next(path for path in [config.run, *config.run.parents] if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".tandem-check-", dir=existing) as folder:
         trial = dataclasses.replace(config, run=Path(folder))
-        saver = Saver(trial, ranks=ranks, engines=engines, run=run, nonfinite=NonFinite(patience=1), stream=stream)  # type: ignore[arg-type]
+        watch = NonFinite(patience=config.log.patience)
+        saver = Saver(trial, ranks=ranks, engines=engines, run=run, nonfinite=watch, stream=stream)
         saver.save(0, metrics={}, seconds=0.0)
         assert saver.path is not None
         checkpoint.load(saver.path)
         size = sum(path.stat().st_size for path in saver.path.iterdir())
-    return f"{size / 1e6:,.1f} MB, written to and read from {existing}; {config.checkpoint.keep_last + 1} must fit"
+    return f"{size / 1e6:,.1f} MB, written and read; room for {config.checkpoint.keep_last + 1} of them is needed"

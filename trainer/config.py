@@ -2,8 +2,8 @@
 
     config = load(Path("configs/vaegan_fashion.yaml"), ["optim.lr=2e-4"])
 
-default < file < command line. File and command line are read by one parser and checked by one schema, so a value means the
-same in both: 1e-4 is a number, `on` is text, and nothing is converted behind your back.
+default < file < command line. File and command line are read by one parser and checked by one schema, so a value means
+the same in both: 1e-4 is a number, `on` is text, and nothing is converted behind your back.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ class CheckpointConfig:
     keep_best: bool = True
     """Whether the checkpoint with the best evaluation (nll + kl where there is an ELBO) is kept too."""
     resume: str = "auto"
-    """auto: go on from the newest whole checkpoint of the run's folder, else begin. must: refuse to begin. never: refuse to
-    go on. Or the path of a checkpoint."""
+    """auto: go on from the newest whole checkpoint of the run's folder, else begin. must: refuse to begin. never:
+    refuse to go on. Or the path of a checkpoint."""
     init_from: Path | None = None
-    """Checkpoint or run whose weights a new run begins with (fine-tuning); optimiser, average and clock start afresh."""
+    """Checkpoint or run whose weights a new run begins with (fine-tuning); optimiser and clock start afresh."""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
@@ -75,7 +75,7 @@ class Config:
     seed: int = 0
     """Of the weights, the order of the data, the noise, the augmentation."""
     micro_batch: int | None = None
-    """Images a rank takes at a time; null takes its whole share of the batch. Smaller needs less memory, same result."""
+    """Images a rank takes at a time; null takes its whole share of the batch. Smaller: less memory, same result."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast for networks; losses, penalties, weights and averages stay float32."""
     compile: bool = False
@@ -161,9 +161,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def help_text(config: Config | None, *, program: str, usage: str) -> str:
     """Every key with its type, its meaning and the value that `config` gives it."""
     default = config if config is not None else tyro.MISSING
-    return usage + "\n" + config_errors.strip_usage(
-        tyro.extras.get_parser(Config, default=default, prog=program, config=(tyro.conf.AvoidSubcommands,)).format_help()
-    )
+    parser = tyro.extras.get_parser(Config, default=default, prog=program, config=(tyro.conf.AvoidSubcommands,))
+    text: str = parser.format_help()  # type: ignore[no-untyped-call]
+    return f"{usage}\n{config_errors.strip_usage(text)}"
 
 
 def _adapter() -> "TypeAdapter[Config]":

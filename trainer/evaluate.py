@@ -58,7 +58,9 @@ def evaluate(
     found = {name: value / count for name, value in found.items()}
     if "nll" in found:
         found["nelbo"] = found["nll"] + found["kl"]
-        found["bits_per_dim"] = bits_per_dim(found["nelbo"], dims=image_shape(config).dims, discrete=method.likelihood.discrete)
+        found["bits_per_dim"] = bits_per_dim(
+            found["nelbo"], dims=image_shape(config).dims, discrete=config.method.likelihood.discrete
+        )
     found["active_units"] = float(units.merged(ranks.sum).count())
     found["images"] = count
     return found

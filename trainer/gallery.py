@@ -1,4 +1,4 @@
-"""What a run shows beside its curves: pictures on the board and as files, its config, its environment, its last figures."""
+"""What a run shows beside its curves: pictures on the board and as files, its config and environment, its last line."""
 
 import platform
 from collections.abc import Mapping

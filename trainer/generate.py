@@ -1,4 +1,5 @@
-"""A trained run as something that samples, reconstructs and measures: from its folder, averaged weights, no optimiser."""
+"""A trained run as something that samples, reconstructs and measures: averaged weights from its folder, no
+optimiser."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Trained:
     def sample(self, count: int, *, seed: int = 0, batch: int = 250) -> Iterator[Tensor]:
         """`count` samples from the prior; sample i depends on (seed, i) alone."""
         z = show.latents(self.method, count, seed=seed, device=self.device)
-        for part in z.split(batch):
+        for part in torch.split(z, batch):
             yield show.samples(self.method, self.networks, part)
 
     def reconstruct(self, batch: Batch) -> Tensor | None:
@@ -45,9 +46,7 @@ class Trained:
 
     def interpolate(self, *, rows: int, columns: int, seed: int = 0) -> Tensor:
         """(rows * columns, H, W, C): walks on the sphere between prior draws (slerp)."""
-        return show.interpolation(
-            self.method, self.networks, rows=rows, columns=columns, seed=seed, device=self.device
-        )
+        return show.interpolation(self.method, self.networks, rows=rows, columns=columns, seed=seed, device=self.device)
 
     @torch.no_grad()
     def elbo(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
@@ -78,7 +77,7 @@ def load(run: Path, *, device: torch.device | None = None) -> Trained:
         tensors = found.tensors.get(f"{name}.ema", found.tensors.get(name, {}))
         match(network.state_dict(), tensors, what=f"{path}: {name}")
         network.load_state_dict(tensors)
-        network.to(place, memory_format=torch.channels_last).requires_grad_(False).eval()
+        network.to(device=place, memory_format=torch.channels_last).requires_grad_(False).eval()  # type: ignore[call-overload]
     classes = found.state["classes"]
     assert isinstance(classes, list)
     return Trained(path, found.images, config, method, networks, tuple(map(str, classes)), place)

@@ -61,8 +61,8 @@ class NonFinite:
                 self.total[phase] = self.total.get(phase, 0) + int(skipped)
                 if self._row[phase] >= self.patience:
                     raise ValueError(
-                        f"{phase}: the gradients of {self.patience} updates in a row were not finite, at {images} images; "
-                        "the checkpoint before it is whole: lower optim.lr, set optim.clip, or look at the data"
+                        f"{phase}: the gradients of {self.patience} updates in a row were not finite, at {images} "
+                        "images; lower optim.lr, set optim.clip or look at the data, then go on from the last checkpoint"
                     )
 
     def export(self) -> dict[str, int]:

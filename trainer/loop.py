@@ -18,7 +18,6 @@ from trainer.speed import Speed
 from trainer.step import means, train_step
 from trainer.terminal import open_terminal
 
-
 SHOWN = ("psnr", "nelbo", "bits_per_dim")  # figures of the last line
 
 
@@ -36,7 +35,9 @@ def _train(config: Config, ranks: Ranks, signals: Signals) -> int:
     # ---- build
     first = ranks.rank == 0
     micro_batches = config.micro_batches(ranks.world)
-    stream = Stream(config.data, split="train", batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed)
+    stream = Stream(
+        config.data, split="train", batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed
+    )
     test = Stream(config.data, split="test", batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed)
     method = build.build_method(config, device=ranks.device)
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
@@ -46,7 +47,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals) -> int:
 
     # ---- restore
     saver = Saver(config, ranks=ranks, engines=engines, run=run, nonfinite=nonfinite, stream=stream)
-    images = began = saver.restore()
+    images = saver.restore()
     terminal = open_terminal(total=config.images, start=images, enabled=first)
     board = open_board(config.run / "board", resume_images=images or None, enabled=first, log=terminal.note)
     gallery = Gallery(config, method, networks, test, board=board, ranks=ranks)

@@ -1,7 +1,7 @@
 """What a phase sees: the network that it trains as leaves, the others frozen, its noise by position.
 
-A phase computes its losses on leaves, copies of its network's outputs that are cut from the graph. So no loss can reach a
-network that it should not reach, and the network is traversed backward once, however many losses were weighed.
+A phase computes its losses on leaves, copies of its network's outputs that are cut from the graph. So no loss can
+reach a network that it should not reach, and the network is traversed backward once, however many losses were weighed.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,5 +1,5 @@
-"""The one clock: images seen. Every interval, schedule, half-life and budget is in images, so a run means the same at any
-batch size, world size and accumulation, before and after a resume.
+"""The one clock: images seen. Every interval, schedule, half-life and budget is in images, so a run means the same at
+any batch size, world size and accumulation, before and after a resume.
 """
 
 import math
@@ -23,8 +23,8 @@ def cyclic(images: int, *, period: int, rising: float = 0.5) -> float:
 
 
 def decay(images: int, *, total: int, hold: float, floor: float, shape: str) -> float:
-    """Factor of the learning rate: 1 during the first `hold` share of `total`, then "linear" or "cosine" down to `floor`
-    at `total`; "constant" stays at 1."""
+    """Factor of the learning rate: 1 during the first `hold` share of `total`, then "linear" or "cosine" down to
+    `floor` at `total`; "constant" stays at 1."""
     assert shape in ("constant", "linear", "cosine")
     if shape == "constant" or total == 0 or images <= hold * total:
         return 1.0

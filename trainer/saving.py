@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer import checkpoint, config as configuration, config_yaml, resume
+from trainer import checkpoint, config_yaml, resume
+from trainer import config as configuration
 from trainer.config import Config
 from trainer.data import Stream
 from trainer.health import NonFinite
@@ -18,10 +19,18 @@ BEST = "metrics.nelbo"  # the ELBO's negative, of the evaluations during the run
 
 
 class Saver:
-    """Saves and restores everything that the next update depends on: weights, averages, optimisers, balance, the clock."""
+    """Saves and restores everything that the next update depends on: weights, averages, optimisers, balance, the
+    clock."""
 
     def __init__(
-        self, config: Config, *, ranks: Ranks, engines: Mapping[str, Engine], run: Run, nonfinite: NonFinite, stream: Stream
+        self,
+        config: Config,
+        *,
+        ranks: Ranks,
+        engines: Mapping[str, Engine],
+        run: Run,
+        nonfinite: NonFinite,
+        stream: Stream,
     ) -> None:
         self.config, self.ranks, self.engines, self.run = config, ranks, engines, run
         self.nonfinite, self.stream = nonfinite, stream

@@ -1,4 +1,5 @@
-"""The pictures of a run, from averaged weights and fixed seeds: the same latents and images each time, so they compare."""
+"""The pictures of a run, from averaged weights and fixed seeds: the same latents and images each time, so they
+compare."""
 
 from collections.abc import Mapping
 
@@ -35,7 +36,13 @@ def reconstructions(method: Method, networks: Mapping[str, nn.Module], image: Te
 
 @torch.no_grad()
 def interpolation(
-    method: Method, networks: Mapping[str, nn.Module], *, rows: int, columns: int, seed: int = SEED, device: torch.device
+    method: Method,
+    networks: Mapping[str, nn.Module],
+    *,
+    rows: int,
+    columns: int,
+    seed: int = SEED,
+    device: torch.device,
 ) -> Tensor:
     """uint8 (rows * columns, H, W, C): each row walks on the sphere from one prior draw to another (slerp)."""
     ends = latents(method, 2 * rows, seed=seed, device=device)

@@ -13,7 +13,14 @@ from trainer.phase import Run
 
 
 def train_step(
-    method: Method, engines: Mapping[str, Engine], batches: Sequence[Batch], run: Run, *, images: int, batch: int, ranks: Ranks
+    method: Method,
+    engines: Mapping[str, Engine],
+    batches: Sequence[Batch],
+    run: Run,
+    *,
+    images: int,
+    batch: int,
+    ranks: Ranks,
 ) -> None:
     """One update of each network whose phase is active at `images` images seen, from this rank's micro-batches.
 

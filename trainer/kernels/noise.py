@@ -1,8 +1,8 @@
 """Addressable noise: row i is a pure function of (seed, stream, positions[i]).
 
-No generator has a state, so the noise of a sample is the same on any rank, in any micro-batch and after any resume, and a
-checkpoint holds none of it. The hash is SplitMix64 (Steele, Lea and Flood 2014, fig. 16) of a counter; normals are Box and
-Muller's (1958). This is the plain reference: integer arithmetic that wraps, on any device.
+No generator has a state, so the noise of a sample is the same on any rank, in any micro-batch and after any resume, and
+a checkpoint holds none of it. The hash is SplitMix64 (Steele, Lea and Flood 2014, fig. 16) of a counter; normals are
+Box and Muller's (1958). This is the plain reference: integer arithmetic that wraps, on any device.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Terms of a phase's loss, and the weight of the terms that are balanced against the rest.
 
-Esser et al. 2021, eq. 7, weighs the adversarial loss by a ratio of gradient norms so that its pull on the decoder is a fixed
-share of the reconstruction's. Here the ratio of an update comes from the gradients of the updates before it, summed over
-micro-batches and ranks: one value for all of them, and nobody waits for it.
+Esser et al. 2021, eq. 7, weighs the adversarial loss by a ratio of gradient norms so that its pull on the decoder is
+a fixed share of the reconstruction's. Here the ratio of an update comes from the gradients of the updates before it,
+summed over micro-batches and ranks: one value for all of them, and nobody waits for it.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +28,8 @@ class BalanceConfig:
     """How balanced losses are brought to the scale of the reconstruction loss."""
 
     kind: Literal["none", "last_layer", "output"] = "output"
-    """none: weights as they stand. last_layer: ratio of gradient norms at the decoder's last convolution (Esser et al. 2021,
-    eq. 7). output: ratio at the reconstruction itself, smoothed (Defossez et al. 2022, section 3.4)."""
+    """none: weights as they stand. last_layer: ratio of gradient norms at the decoder's last convolution (Esser et
+    al. 2021, eq. 7). output: ratio at the reconstruction itself, smoothed (Defossez et al. 2022, section 3.4)."""
     smoothing: float = 0.98
     """Share of the old norm that each update keeps; 0 takes the last update's as it is."""
     ceiling: float = 1e4
@@ -56,7 +56,8 @@ class Balance:
         return self.config.kind != "none"
 
     def ratio(self, group: str, *, like: Tensor) -> Tensor:
-        """Factor of a group's gradient, a float32 scalar on the device of `like`: 0 until both norms were measured once."""
+        """Factor of a group's gradient, a float32 scalar on the device of `like`: 0 until both norms were measured
+        once."""
         if not self.active:
             return torch.ones((), device=like.device)
         if group not in self.norms or self.REFERENCE not in self.norms:
@@ -65,8 +66,8 @@ class Balance:
         return (self.norms[self.REFERENCE] / (self.norms[group] + offset)).clamp(0.0, self.config.ceiling)
 
     def observe(self, group: str, gradient: Tensor, features: Tensor | None) -> None:
-        """gradient: of the group's loss at the reconstruction (B, P, H, W); features: input of the last convolution, which
-        has 3x3 kernels and padding 1, (B, C, H, W), for last_layer."""
+        """gradient: of the group's loss at the reconstruction (B, P, H, W); features: input of the last convolution,
+        which has 3x3 kernels and padding 1, (B, C, H, W), for last_layer."""
         gradient = gradient.float()
         if self.config.kind == "last_layer":
             assert features is not None

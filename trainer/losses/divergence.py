@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -39,4 +40,8 @@ def clamped_share(logvar: Tensor) -> Tensor:
 
 
 def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    """float32 at least; the gradient of a float16 input saturates, where e^12 / 2 would already be infinite."""
+    full = x if x.dtype == torch.float64 else x.float()
+    if x.dtype == torch.float16 and full.requires_grad:
+        full.register_hook(lambda gradient: gradient.clamp(-LARGEST_HALF, LARGEST_HALF))
+    return full

@@ -124,7 +124,7 @@ class Gaussian(_Location):
         return "gaussian density on [-1, 1]"
 
     def nll(self, parameters: Tensor, image: Tensor, log_scale: Tensor | None = None) -> Tensor:
-        """Means and images (B, C, H, W), log_scale (B,) where it is learned -> nats (B,), negative for sharp densities."""
+        """Means and images (B, C, H, W), log_scale (B,) where it is learned -> nats (B,), of either sign."""
         log = self._log_scale(log_scale)
         squares = _total(self._standard(parameters, image, log).square())
         return 0.5 * squares + image[0].numel() * (log + 0.5 * math.log(2.0 * math.pi))

@@ -1,4 +1,5 @@
-"""Methods, by kind: one file each, each phase trains the network of its name. A new method is one file and its line here."""
+"""Methods, by kind: one file each, each phase trains the network of its name. A new method is one file and its line
+here."""
 
 from collections.abc import Mapping
 from typing import Annotated, Protocol
@@ -24,11 +25,16 @@ MethodConfig = Annotated[VAEConfig | GANConfig | VAEGANConfig | VAEGANLarsenConf
 class Method(Protocol):
     """What step and loop ask of a method; a method also has one function a phase, (batch, run) -> dict of `Term`.
 
-    Methods that can also have `encode(networks, image) -> (mean, logvar)` and `elbo(networks, image, noise) -> (nll, kl)`."""
+    Methods that can also have `encode(networks, image) -> (mean, logvar)` and `elbo(networks, image, noise) -> (nll,
+    kl)`."""
 
-    averaged: tuple[str, ...]
-    """Networks whose moving average is kept, sampled and evaluated."""
-    balance: Balance
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Networks whose moving average is kept, sampled and evaluated."""
+
+    @property
+    def balance(self) -> Balance:
+        """What weighs the balanced terms; it does nothing where there are none."""
 
     @property
     def latent_size(self) -> tuple[int, ...]:

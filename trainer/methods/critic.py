@@ -1,4 +1,4 @@
-"""The adversarial half that GAN and both VAE-GANs share: what trains a discriminator, and what a generator feels of it."""
+"""The game that GAN and both VAE-GANs play: what trains a discriminator, and what a generator feels of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class CriticConfig:
     """The two-player game: its loss, its penalties, its augmentation."""
 
     loss: Literal["non_saturating", "hinge", "least_squares", "wasserstein", "relativistic"] = "relativistic"
-    """non_saturating: Goodfellow et al. 2014. hinge: Lim and Ye 2017. least_squares: Mao et al. 2017. wasserstein: Arjovsky
-    et al. 2017, with gradient_penalty. relativistic: pairs, Huang et al. 2024 (R3GAN), with r1 and r2."""
+    """non_saturating: Goodfellow et al. 2014. hinge: Lim and Ye 2017. least_squares: Mao et al. 2017. wasserstein:
+    Arjovsky et al. 2017, with gradient_penalty. relativistic: pairs, Huang et al. 2024 (R3GAN), with r1 and r2."""
     r1: float = 0.0
     """gamma of gamma/2 |grad D(real)|^2 (Mescheder et al. 2018), summed over the image's elements in [-1, 1]."""
     r2: float = 0.0
@@ -27,8 +27,9 @@ class CriticConfig:
     gradient_penalty: float = 0.0
     """lambda of lambda (|grad D(mix)| - 1)^2 (Gulrajani et al. 2017); 10 in the paper."""
     penalty_interval: int = 0
-    """Images from one penalty to the next (a multiple of the batch); each is then as many times as large, so the pull over
-    time is the same (Karras et al. 2020). No learning rate is corrected: the penalty shares the loss's update. 0: always."""
+    """Images from one penalty to the next (a multiple of the batch); each is then as many times as large, so the pull
+    over time is the same (Karras et al. 2020). No learning rate is corrected: the penalty shares the loss's update. 0:
+    always."""
     augment: tuple[Policy, ...] = ()
     """Differentiable augmentation of real and fake in both phases (Zhao et al. 2020): color, translation, cutout."""
 

@@ -25,11 +25,13 @@ class KLConfig:
     """The divergence's part in the loss."""
 
     weight: float = 1.0
-    """beta: 1 is the ELBO. A sum over latent dimensions in nats against a sum over pixels in nats (losses/README.md)."""
+    """beta: 1 is the ELBO. A sum over latent dimensions in nats against a sum over pixels in nats
+    (losses/README.md)."""
     warmup: int = 0
     """Images over which the weight rises from 0; 0 starts in full."""
     schedule: Literal["linear", "cyclic"] = "linear"
-    """linear: once, over `warmup`. cyclic: again and again with period `warmup`, rising in its first half (Fu et al. 2019)."""
+    """linear: once, over `warmup`. cyclic: again and again with period `warmup`, rising in its first half (Fu et al.
+    2019)."""
     free_bits: float = 0.0
     """Nats a latent dimension that cost nothing (Kingma et al. 2016)."""
 
@@ -110,7 +112,8 @@ class VAE:
         return _autoencoder(networks).encode(image)
 
     def elbo(self, networks: Mapping[str, nn.Module], image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(nll, kl) in nats an image, (B,) each, at one posterior sample (B, *latent_size): the ELBO is minus their sum."""
+        """(nll, kl) in nats an image, (B,) each, at one posterior sample (B, *latent_size): the ELBO is minus their
+        sum."""
         out = networks["autoencoder"](image, noise)
         return self.likelihood.nll(out["reconstruction"], image, out.get("log_scale")), kl(out["mean"], out["logvar"])
 

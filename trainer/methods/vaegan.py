@@ -48,7 +48,8 @@ class VAEGANConfig:
     adversarial_weight: float = 0.5
     """Weight of the adversarial loss at reconstructions, after the balance."""
     prior_weight: float = 0.0
-    """The same at samples from the prior, as a multiple of adversarial_weight; 0: the discriminator sees reconstructions."""
+    """The same at samples from the prior, as a multiple of adversarial_weight; 0: the discriminator sees
+    reconstructions."""
     discriminator_learns_from: int = 0
     """Images seen before the discriminator's first update."""
     adversarial_from: int = 0
@@ -98,14 +99,18 @@ class VAEGAN(VAE):
         terms = {"nll": Term(nll), "kl": self.settings.kl.term(run, out.mean, out.logvar)}
         fakes = self._images(out)
         if self.perceptual is not None:
-            terms["perceptual"] = Term(self.perceptual.distance(fakes[0], batch.image), weight=self.settings.perceptual_weight)
+            terms["perceptual"] = Term(
+                self.perceptual.distance(fakes[0], batch.image), weight=self.settings.perceptual_weight
+            )
         level = progress.ramp(run.images, start=self.settings.adversarial_from, length=self.settings.adversarial_ramp)
         if level > 0:
             weight = level * self.settings.adversarial_weight
             at = self.critic.fool(run, batch.image, fakes)
             terms["adversarial"] = Term(at[0], weight=weight, group="adversarial")
             if len(at) > 1:
-                terms["adversarial_prior"] = Term(at[1], weight=weight * self.settings.prior_weight, group="adversarial")
+                terms["adversarial_prior"] = Term(
+                    at[1], weight=weight * self.settings.prior_weight, group="adversarial"
+                )
         return terms
 
     def _inputs(self, batch: Batch, run: Run) -> tuple[Tensor, Tensor, Tensor | None, bool]:

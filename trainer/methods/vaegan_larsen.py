@@ -1,4 +1,5 @@
-"""VAE/GAN with learned similarity: Larsen et al. 2016, "Autoencoding beyond pixels using a learned similarity metric"."""
+"""VAE/GAN with learned similarity: Larsen et al. 2016, "Autoencoding beyond pixels using a learned similarity
+metric"."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -78,7 +79,8 @@ class VAEGANLarsen:
         }
 
     def phases(self, images: int) -> tuple[str, ...]:
-        # the encoder last: the decoder's update, run again with more micro-batches, must see the codes that it saw before
+        # the encoder last: the decoder's update, run again with more micro-batches, must see the codes that it saw
+        # before
         return ("discriminator", "decoder", "encoder")
 
     def discriminator(self, batch: Batch, run: Run) -> dict[str, Term]:
@@ -115,7 +117,7 @@ class VAEGANLarsen:
         network: Any = run.frozen("discriminator")
         with torch.no_grad():
             wanted = network.features(image)[self.config.layer]
-        found = network.features(reconstruction)[self.config.layer]
+        found: Tensor = network.features(reconstruction)[self.config.layer]
         return 0.5 * (found.float() - wanted.float()).square().flatten(1).sum(1)
 
     # ------------------------------------------------------------------ what a trained model does

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer import optimizer
-from trainer.resume import match
 from trainer.parallel.engine import Applied
 from trainer.parallel.ranks import Ranks
+from trainer.resume import match
 
 T = TypeVar("T")
 
-# a head with one output has a weight (1, n) whose two strides mean the same memory; DDP copies it and says so on every run
+# a head with one output has a weight (1, n) whose two strides mean the same memory; DDP copies it and says so on
+# every run
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 

@@ -12,7 +12,8 @@ class Applied(NamedTuple):
     """What an update did, as tensors on the device so that nobody waits for them."""
 
     applied: Tensor
-    """Float 1 if the update was taken, 0 if it was skipped because its gradient was not finite; the same on all ranks."""
+    """Float 1 if the update was taken, 0 if it was skipped because its gradient was not finite; the same on all
+    ranks."""
     norm: Tensor
     """Norm of the whole gradient before clipping, float32."""
 
@@ -31,7 +32,8 @@ class Engine(Protocol):
         last: whether this is the last micro-batch of the update. eager: past torch.compile, for double backward."""
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
-        """Hands over the gradient of the global mean loss at the outputs; ranks are averaged at the last micro-batch."""
+        """Hands over the gradient of the global mean loss at the outputs; ranks are averaged at the last
+        micro-batch."""
 
     def step(self, images: int, *, batch: int) -> Applied:
         """Clips, updates and averages the weights, for the update of `batch` images that begins at `images`."""

@@ -1,7 +1,7 @@
 """What the launcher was asked for, so that a world that came up smaller is refused instead of training quietly.
 
-accelerate 1.15 starts one process for `accelerate launch --cpu --num_processes 2`, for MULTI_CPU config files, and one a
-machine for `--num_machines 2 --cpu`, each time without a word.
+accelerate 1.15 starts one process for `accelerate launch --cpu --num_processes 2`, for MULTI_CPU config files, and
+one a machine for `--num_machines 2 --cpu`, each time without a word.
 """
 
 import os

@@ -57,7 +57,8 @@ class Ranks:
         return int(self.sum(torch.tensor(count))) if self.world > 1 else count
 
     def together(self, call: Callable[[], Any]) -> Any:
-        """Rank 0's call, and its JSON result on every rank. Its ValueError or OSError ends them all, and one says why."""
+        """Rank 0's call, and its JSON result on every rank. Its ValueError or OSError ends them all, and one says
+        why."""
         value, error = None, None
         if self.rank == 0:
             try:
@@ -79,8 +80,8 @@ class Ranks:
 def start(config: DDPConfig) -> Ranks:
     """Joins the process group that the launcher announced.
 
-    Raises ValueError when fewer or more processes came up than the config or the launcher asked for, or when the launcher
-    asks for a backend that the config does not name.
+    Raises ValueError when fewer or more processes came up than the config or the launcher asked for, or when the
+    launcher asks for a backend that the config does not name.
     """
     asked = asked_processes()
     accelerator = Accelerator(
