@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,11 @@ def evaluate(
     found = dict(zip(names, total.tolist(), strict=True))
     count = found.pop("count")
     found = {name: value / count for name, value in found.items()}
-    if "nll" in found:
+    likelihood: Any = getattr(method, "likelihood", None)
+    if likelihood is not None:
         found["nelbo"] = found["nll"] + found["kl"]
         found["bits_per_dim"] = bits_per_dim(
-            found["nelbo"], dims=image_shape(config).dims, discrete=config.method.likelihood.discrete
+            found["nelbo"], dims=image_shape(config).dims, discrete=likelihood.discrete
         )
     found["active_units"] = float(units.merged(ranks.sum).count())
     found["images"] = count

@@ -1,5 +1,4 @@
-"""A trained run as something that samples, reconstructs and measures: averaged weights from its folder, no
-optimiser."""
+"""A trained run as something that samples, reconstructs and measures: averaged weights, no optimiser."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

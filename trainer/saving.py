@@ -124,7 +124,7 @@ class Saver:
         self.run.balance.load(found.tensors.get("balance", {}), self.ranks.device)
         skipped, seconds, world = found.state["skipped"], found.state["seconds"], found.state["world"]
         assert isinstance(skipped, dict) and isinstance(seconds, float)
-        self.nonfinite.load({name: int(count) for name, count in skipped.items()})  # type: ignore[arg-type]
+        self.nonfinite.load({name: int(count) for name, count in skipped.items()})
         self.seconds = seconds
         if self.ranks.rank == 0:
             self.said.append(f"goes on from {found.path} at {found.images:,} images")

@@ -1,5 +1,4 @@
-"""The pictures of a run, from averaged weights and fixed seeds: the same latents and images each time, so they
-compare."""
+"""The pictures of a run, from averaged weights: the same latents and images each time, so that they compare."""
 
 from collections.abc import Mapping
 
@@ -22,7 +21,8 @@ def latents(method: Method, count: int, *, seed: int = SEED, device: torch.devic
 @torch.no_grad()
 def samples(method: Method, networks: Mapping[str, nn.Module], z: Tensor) -> Tensor:
     """Images uint8 (B, H, W, C) of latents."""
-    return to_uint8(method.decode(networks, z))
+    images: Tensor = to_uint8(method.decode(networks, z))
+    return images
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def reconstructions(method: Method, networks: Mapping[str, nn.Module], image: Te
     if not hasattr(method, "encode"):
         return None
     mean, _ = method.encode(networks, image)
-    return to_uint8(method.decode(networks, mean))
+    images: Tensor = to_uint8(method.decode(networks, mean))
+    return images
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 
 class Term(NamedTuple):
@@ -72,7 +73,7 @@ class Balance:
         if self.config.kind == "last_layer":
             assert features is not None
             shape = (gradient.shape[1], features.shape[1], 3, 3)
-            found = torch.nn.grad.conv2d_weight(features.float(), shape, gradient, padding=1)
+            found = conv2d_weight(features.float(), shape, gradient, padding=1)
         else:
             found = gradient.square().sum()
         self._now[group] = self._now[group] + found if group in self._now else found

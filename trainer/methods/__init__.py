@@ -1,5 +1,4 @@
-"""Methods, by kind: one file each, each phase trains the network of its name. A new method is one file and its line
-here."""
+"""Methods, by kind: one file each, and each phase trains the network of its name. A new method has its line here."""
 
 from collections.abc import Mapping
 from typing import Annotated, Protocol

@@ -1,5 +1,4 @@
-"""VAE/GAN with learned similarity: Larsen et al. 2016, "Autoencoding beyond pixels using a learned similarity
-metric"."""
+"""VAE/GAN: Larsen et al. 2016, "Autoencoding beyond pixels using a learned similarity metric"."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -127,7 +126,8 @@ class VAEGANLarsen:
 
     def decode(self, networks: Mapping[str, nn.Module], z: Tensor) -> Tensor:
         """(B, *latent_size) -> images (B, C, H, W) in [-1, 1]."""
-        return torch.tanh(networks["decoder"](z).float())
+        output: Tensor = networks["decoder"](z)
+        return torch.tanh(output.float())
 
     def encode(self, networks: Mapping[str, nn.Module], image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logvar of the posterior, (B, *latent_size) each."""
