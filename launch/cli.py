@@ -21,9 +21,9 @@ VERBS = {
     "check": Verb("trainer.check", "main", "say what a config would do (size, memory, batches) and try two batches"),
     "data make": Verb("tools.shards.make", "main", "make WebDataset shards from a folder of images or a named set"),
     "data check": Verb("tools.shards.check", "main", "verify shards against their index"),
-    "sample": Verb("tools.sample", "main", "draw a grid of samples from a run"),
-    "reconstruct": Verb("tools.reconstruct", "main", "draw images beside their reconstructions by a run"),
-    "interpolate": Verb("tools.interpolate", "main", "draw walks between two latents of a run"),
+    "sample": Verb("tools.draw", "sample", "draw a grid of samples from a run"),
+    "reconstruct": Verb("tools.draw", "reconstruct", "draw images beside their reconstructions by a run"),
+    "interpolate": Verb("tools.draw", "interpolate", "draw walks between two latents of a run"),
     "env": Verb("launch.env", "main", "print versions, devices, NCCL, SLURM and git state for a bug report"),
 }
 
