@@ -1,0 +1,312 @@
+"""Likelihoods, held against closed forms and against torch.distributions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from trainer.losses.reconstruction import (
+    LIKELIHOODS,
+    Bernoulli,
+    Gaussian,
+    Laplace,
+    Likelihood,
+    LogisticMixture,
+    bits_per_dim,
+    check_targets,
+    dequantize,
+)
+
+ALL = [Bernoulli(), Gaussian(scale=0.3), Laplace(scale=0.3), LogisticMixture(components=4)]
+LEVELS = torch.arange(256).double() / 127.5 - 1.0
+
+
+def images(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    levels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+    return levels.double() / 127.5 - 1.0
+
+
+def parameters(likelihood, channels: int, shape: tuple[int, int, int], seed: int = 1) -> torch.Tensor:
+    batch, height, width = shape
+    size = (batch, likelihood.parameters(channels), height, width)
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def level_masses(likelihood: LogisticMixture, one_pixel: torch.Tensor) -> torch.Tensor:
+    """(256,): the probability of each level of one grey pixel with these parameters (P,)."""
+    every = one_pixel.view(1, -1, 1, 1).expand(256, -1, 1, 1)
+    return (-likelihood.nll(every, LEVELS.view(256, 1, 1, 1).to(one_pixel.dtype))).exp()
+
+
+# ---------------------------------------------------------------- bits a dimension (F3-6)
+def test_nats_of_an_image_are_divided_by_its_dimensions_and_ln_2() -> None:
+    assert bits_per_dim(2000.0, dims=3 * 32 * 32, discrete=True) == pytest.approx(0.93925, abs=5e-6)
+
+
+def test_a_density_on_minus_one_to_one_adds_the_change_of_scale_to_levels() -> None:
+    centre = Gaussian(scale=1.0).nll(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).item()
+    assert bits_per_dim(centre, dims=1, discrete=True) == pytest.approx(1.32575, abs=5e-6)
+    assert bits_per_dim(centre, dims=1, discrete=Gaussian.discrete) == pytest.approx(8.3201, abs=5e-5)
+
+
+def test_a_uniform_model_of_256_levels_has_8_bits() -> None:
+    assert bits_per_dim(3 * 64 * math.log(256), dims=3 * 64, discrete=True) == pytest.approx(8.0, abs=1e-12)
+
+
+def test_density_with_its_offset_and_the_mass_of_the_central_bin_agree_for_a_wide_gaussian() -> None:
+    scale, half = 0.1, 1 / 255
+    mass = math.erf(half / scale / math.sqrt(2))
+    assert bits_per_dim(-math.log(mass), dims=1, discrete=True) == pytest.approx(4.9985, abs=5e-5)
+    nats = Gaussian(scale=scale).nll(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)).item()
+    assert bits_per_dim(nats, dims=1, discrete=False) == pytest.approx(4.9982, abs=5e-5)
+
+
+def test_bits_per_dim_takes_tensors() -> None:
+    found = bits_per_dim(torch.tensor([0.0, math.log(2.0) * 4]), dims=4, discrete=True)
+    assert found.tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+
+
+def test_dequantised_levels_spread_over_their_own_bin_and_no_other() -> None:
+    uniform = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image = LEVELS.view(-1, 1, 1, 1).expand(256, 1, 8, 8)
+    moved = (dequantize(image, uniform) - image) * 127.5
+    assert moved.min() >= -0.5 and moved.max() < 0.5
+    assert moved.min() < -0.49 and moved.max() > 0.49
+
+
+# ---------------------------------------------------------------- what all have in common
+@pytest.mark.parametrize("likelihood", ALL, ids=lambda one: one.kind)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_nll_is_one_float32_sum_a_sample_that_no_other_sample_changes(likelihood, channels: int) -> None:
+    given, x = parameters(likelihood, channels, (4, 6, 5)).float(), images((4, channels, 6, 5)).float()
+    whole = likelihood.nll(given, x)
+    assert whole.shape == (4,) and whole.dtype == torch.float32
+    apart = torch.cat([likelihood.nll(a, b) for a, b in zip(given.split(1), x.split(1), strict=True)])
+    torch.testing.assert_close(whole, apart, rtol=1e-6, atol=0)
+    tiled = likelihood.nll(given.repeat(1, 1, 2, 1), x.repeat(1, 1, 2, 1))
+    torch.testing.assert_close(tiled, 2 * whole, rtol=1e-5, atol=0)  # a sum over the image, no mean
+
+
+@pytest.mark.parametrize("likelihood", ALL, ids=lambda one: one.kind)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_are_those_of_finite_differences(likelihood, channels: int) -> None:
+    given, x = parameters(likelihood, channels, (2, 3, 2)), images((2, channels, 3, 2))
+    assert torch.autograd.gradcheck(lambda p: likelihood.nll(p, x), (given.requires_grad_(),))
+
+
+@pytest.mark.parametrize("likelihood", ALL, ids=lambda one: one.kind)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters_give_float32_nats(likelihood, dtype: torch.dtype) -> None:
+    given = parameters(likelihood, 1, (2, 4, 4)).to(dtype)
+    found = likelihood.nll(given, images((2, 1, 4, 4)).float())
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert likelihood.mean(given).dtype == torch.float32
+
+
+@pytest.mark.parametrize("likelihood", ALL, ids=lambda one: one.kind)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_memory_changes_no_value(likelihood, channels: int) -> None:
+    given, x = parameters(likelihood, channels, (2, 6, 4)), images((2, channels, 6, 4))
+    moved = [t.contiguous(memory_format=torch.channels_last) for t in (given, x)]
+    torch.testing.assert_close(likelihood.nll(*moved), likelihood.nll(given, x))
+    torch.testing.assert_close(likelihood.mean(moved[0]), likelihood.mean(given))
+
+
+@pytest.mark.parametrize("likelihood", ALL, ids=lambda one: one.kind)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_average_to_the_mean(likelihood, channels: int) -> None:
+    pixels = 20_000
+    one = 0.3 * parameters(likelihood, channels, (1, 1, 1))
+    if isinstance(likelihood, LogisticMixture):
+        one[:, -likelihood.components * channels :] -= 4.0  # narrow, so that the ends of the range cut nothing
+    given = one.expand(-1, -1, pixels, 1)
+    uniform = torch.rand(1, likelihood.draws(channels), pixels, 1, generator=torch.Generator().manual_seed(2))
+    drawn = likelihood.sample(given, uniform.double())
+    assert drawn.shape == (1, channels, pixels, 1)
+    # deviations are below 1, so means of 20,000 stay within 5 / sqrt(20,000) = .035
+    assert (drawn.mean(2) - likelihood.mean(one).squeeze(2)).abs().max() < 0.035
+
+
+@pytest.mark.parametrize("likelihood", ALL, ids=lambda one: one.kind)
+def test_samples_are_finite_at_the_ends_of_the_draws(likelihood) -> None:
+    given = parameters(likelihood, 1, (2, 4, 4)).float()
+    for end in (0.0, 1.0 - 2.0**-24):
+        assert likelihood.sample(given, torch.full((2, likelihood.draws(1), 4, 4), end)).isfinite().all()
+
+
+def test_a_likelihood_is_chosen_by_its_kind_and_a_wrong_one_is_refused() -> None:
+    adapter = TypeAdapter(Likelihood)
+    for kind, config in LIKELIHOODS.items():
+        assert adapter.validate_python({"kind": kind}) == config()
+    with pytest.raises(ValidationError, match="bernoulli"):
+        adapter.validate_python({"kind": "bernouli"})
+    assert sorted({one.name for one in ALL}) == sorted(one.name for one in ALL)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("config", [Gaussian, Laplace])
+def test_a_scale_that_is_none_is_refused_by_name(config, scale: float) -> None:
+    with pytest.raises(ValueError, match="^scale: "):
+        config(scale=scale)
+
+
+def test_a_mixture_of_nothing_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="^components: 0"):
+        LogisticMixture(components=0)
+
+
+def test_bernoulli_on_colour_gives_a_hint_and_no_error() -> None:
+    assert Bernoulli().hint(1) is None
+    assert "colour" in str(Bernoulli().hint(3))
+    assert [one.hint(3) for one in ALL[1:]] == [None] * 3
+
+
+# ---------------------------------------------------------------- Bernoulli (F3-3)
+@pytest.mark.parametrize(("target", "logit"), [(-2.0, -20.0), (2.0, 50.0), (-1.001, 0.0), (math.nan, 0.0)])
+def test_bernoulli_refuses_targets_outside_its_range(target: float, logit: float) -> None:
+    with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+        Bernoulli().nll(torch.full((1, 1, 2, 2), logit), torch.full((1, 1, 2, 2), target))
+    with pytest.raises(ValueError, match="likelihood: bernoulli"):
+        check_targets(torch.full((1, 1, 2, 2), target))
+
+
+def test_bernoulli_maps_minus_one_to_black() -> None:
+    # F3-3's target -1 with logit -20: a confident and right black, not -20 nats
+    found = Bernoulli().nll(torch.full((1, 1, 1, 1), -20.0), torch.full((1, 1, 1, 1), -1.0)).item()
+    assert found == pytest.approx(math.log1p(math.exp(-20)), abs=2e-6)  # of 20, what float32 can tell
+    wrong = Bernoulli().nll(torch.full((1, 1, 1, 1), 20.0), torch.full((1, 1, 1, 1), -1.0)).item()
+    assert wrong == pytest.approx(20.0, abs=4e-6)
+
+
+@given(
+    st.floats(-1.0, 1.0, width=32),
+    st.floats(-1e4, 1e4, width=32),
+)
+def test_bernoulli_is_never_negative(target: float, logit: float) -> None:
+    found = Bernoulli().nll(torch.full((1, 1, 1, 1), logit), torch.full((1, 1, 1, 1), target)).item()
+    assert 0.0 <= found < math.inf
+
+
+def test_bernoulli_is_the_cross_entropy_of_the_mapped_target() -> None:
+    x, logits = images((2, 1, 3, 3)), parameters(Bernoulli(), 1, (2, 3, 3))
+    p, t = logits.sigmoid(), (x + 1) / 2
+    expected = -(t * p.log() + (1 - t) * (1 - p).log()).sum((1, 2, 3))
+    torch.testing.assert_close(Bernoulli().nll(logits, x), expected)
+    torch.testing.assert_close(Bernoulli().mean(logits), (logits / 2).tanh())
+
+
+def test_the_gradient_of_bernoulli_is_probability_minus_target() -> None:
+    x, logits = images((2, 1, 3, 3)), parameters(Bernoulli(), 1, (2, 3, 3)).requires_grad_()
+    (found,) = torch.autograd.grad(Bernoulli().nll(logits, x).sum(), logits)
+    torch.testing.assert_close(found, logits.sigmoid() - (x + 1) / 2)
+
+
+# ---------------------------------------------------------------- densities
+@pytest.mark.parametrize(
+    ("likelihood", "density"),
+    [
+        (Gaussian(scale=0.2), lambda mean, scale: torch.distributions.Normal(mean, scale)),
+        (Laplace(scale=0.2), lambda mean, scale: torch.distributions.Laplace(mean, scale)),
+    ],
+)
+def test_a_density_is_that_of_torch_distributions(likelihood, density) -> None:
+    mean, x = parameters(likelihood, 3, (2, 4, 4)), images((2, 3, 4, 4))
+    torch.testing.assert_close(likelihood.nll(mean, x), -density(mean, 0.2).log_prob(x).sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize("config", [Gaussian, Laplace])
+def test_a_learned_scale_starts_at_the_configured_one_and_feels_the_errors(config) -> None:
+    mean, x = parameters(config(), 1, (2, 4, 4)), images((2, 1, 4, 4))
+    fixed, learned = config(scale=0.5), config(scale=0.5, learn_scale=True)
+    log = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(learned.nll(mean, x, log), fixed.nll(mean, x))
+    assert torch.autograd.gradcheck(lambda s: learned.nll(mean, x, s), (log,))
+    shift = math.log(3.0)
+    torch.testing.assert_close(
+        learned.nll(mean, x, torch.full((2,), shift, dtype=torch.float64)), config(scale=1.5).nll(mean, x)
+    )
+
+
+def test_the_best_scale_is_the_error_that_is_there() -> None:
+    error = torch.full((1, 1, 4, 4), 0.2)
+    for config in (Gaussian, Laplace):
+        at = {s: config(scale=s).nll(torch.zeros(1, 1, 4, 4), error).item() for s in (0.18, 0.2, 0.22)}
+        assert min(at, key=at.__getitem__) == 0.2
+
+
+def test_a_learned_scale_that_the_network_does_not_give_is_a_bug() -> None:
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(AssertionError, match="comes from the network"):
+        Gaussian(learn_scale=True).nll(x, x)
+    with pytest.raises(AssertionError, match="comes from the network"):
+        Laplace().nll(x, x, torch.zeros(1))
+
+
+# ---------------------------------------------------------------- logistic mixture
+@given(st.lists(st.floats(-12.0, 12.0), min_size=6, max_size=6))
+def test_the_masses_of_256_levels_sum_to_one(values: list[float]) -> None:
+    masses = level_masses(LogisticMixture(components=2), torch.tensor(values, dtype=torch.float64))
+    assert (masses >= 0).all()
+    assert masses.sum().item() == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_bin_holds_the_difference_of_two_logistic_functions() -> None:
+    mean, log = 0.1, -2.0
+    found = level_masses(LogisticMixture(components=1), torch.tensor([0.0, mean, log], dtype=torch.float64))
+    edge = ((torch.arange(257).double() - 0.5) / 127.5 - 1.0 - mean) / math.exp(log)
+    edge[0], edge[-1] = -math.inf, math.inf
+    torch.testing.assert_close(found, edge.sigmoid().diff())
+
+
+def test_the_mixture_weighs_its_components() -> None:
+    logits, means, scales = [math.log(1.0), math.log(3.0)], [-0.5, 0.5], [-3.0, -2.0]
+    both = level_masses(LogisticMixture(components=2), torch.tensor([*logits, *means, *scales], dtype=torch.float64))
+    single = [
+        level_masses(LogisticMixture(components=1), torch.tensor([0.0, m, s], dtype=torch.float64))
+        for m, s in zip(means, scales, strict=True)
+    ]
+    torch.testing.assert_close(both, 0.25 * single[0] + 0.75 * single[1])
+    mean = LogisticMixture(components=2).mean(torch.tensor([*logits, *means, *scales]).view(1, 6, 1, 1))
+    assert mean.item() == pytest.approx(0.25 * -0.5 + 0.75 * 0.5, abs=1e-6)
+
+
+def test_colour_shares_the_component_and_nothing_else() -> None:
+    k, rng = 3, torch.Generator().manual_seed(5)
+    likelihood = LogisticMixture(components=k)
+    given = torch.randn(1, likelihood.parameters(3), 1, 1, generator=rng, dtype=torch.float64)
+    x = images((1, 3, 1, 1))
+    flat = given.flatten()
+    means, scales = flat[k : 4 * k].view(3, k), flat[4 * k :].view(3, k)
+    by_component = flat[:k].log_softmax(0)
+    for channel in range(3):
+        level = int(((x.flatten()[channel] + 1) * 127.5).round())
+        for component in range(k):
+            one = torch.stack([torch.zeros(()).double(), means[channel, component], scales[channel, component]])
+            by_component = by_component.clone()
+            by_component[component] += level_masses(LogisticMixture(components=1), one)[level].log()
+    torch.testing.assert_close(likelihood.nll(given, x), -by_component.logsumexp(0).view(1))
+
+
+@pytest.mark.parametrize("scale", [-1e3, -7.0, 0.0, 1e3])
+@pytest.mark.parametrize("mean", [-1e4, 0.0, 1e4])
+def test_the_mixture_and_its_gradient_are_finite_far_out(mean: float, scale: float) -> None:
+    given = torch.tensor([0.0, mean, scale]).view(1, 3, 1, 1).expand(256, 3, 1, 1).clone().requires_grad_()
+    nll = LogisticMixture(components=1).nll(given, LEVELS.view(-1, 1, 1, 1).float())
+    (gradient,) = torch.autograd.grad(nll.sum(), given)
+    assert nll.isfinite().all() and gradient.isfinite().all()
+    assert (nll >= 0).all()
+
+
+def test_samples_of_the_mixture_lie_on_levels_in_their_shares() -> None:
+    one = torch.tensor([0.0, 0.2, -3.5]).view(1, 3, 1, 1)
+    pixels = 50_000
+    uniform = torch.rand(1, 2, pixels, 1, generator=torch.Generator().manual_seed(0))
+    likelihood = LogisticMixture(components=1)
+    levels = (likelihood.sample(one.expand(-1, -1, pixels, 1), uniform) + 1) * 127.5
+    assert (levels - levels.round()).abs().max() < 1e-4
+    found = levels.round().long().flatten().bincount(minlength=256) / pixels
+    # a share's deviation is at most sqrt(.25 / 50,000) = .0022; five of them
+    assert (found - level_masses(likelihood, one.flatten())).abs().max() < 0.0112
