@@ -38,11 +38,11 @@ def reconstruct(argv: list[str]) -> int:
         "tandem reconstruct runs/vaegan_fashion --count 24 --data data/fashion-mnist",
     )
     parser.add_argument(
-        "--count", type=int, default=48, metavar="N", help="images, the first of the split (default: 48)"
+        "--count", type=int, default=48, metavar="N", help="the first of the split (default: 48)"
     )
     parser.add_argument("--columns", type=int, default=12, metavar="N", help="images a row (default: 12)")
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="shards (default: those that the run was trained on)"
+        "--data", type=Path, metavar="FOLDER", help="shards (default: the run's own)"
     )
     parser.add_argument("--split", default="test", metavar="NAME", help="train or test (default: test)")
     options = parser.parse_args(argv)
@@ -71,7 +71,7 @@ def interpolate(argv: list[str]) -> int:
     )
     parser.add_argument("--rows", type=int, default=6, metavar="N", help="walks (default: 6)")
     parser.add_argument(
-        "--steps", type=int, default=12, metavar="N", help="images a walk, both ends included (default: 12)"
+        "--steps", type=int, default=12, metavar="N", help="images a walk, ends included (default: 12)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the latents at the ends")
     options = parser.parse_args(argv)
