@@ -108,7 +108,7 @@ def test_cutout_cuts_one_rectangle_of_half_the_sides_or_what_is_inside(
         cut = int(size / 2 + 0.5)
         assert cut // 2 <= len(found) <= cut
         assert len(found) == 0 or found[-1] - found[0] + 1 == len(found)
-        if 0 < found[0] and found[-1] < size - 1:
+        if found[0] > 0 and found[-1] < size - 1:
             assert len(found) == cut
     assert hole.sum() == len(rows) * len(columns)
 

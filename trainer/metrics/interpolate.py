@@ -18,7 +18,7 @@ def slerp(start: Tensor, end: Tensor, t: float) -> Tensor:
     cosine = torch.dot(a, b) / (norm_a * norm_b).clamp(min=1e-300)
     angle = torch.acos(cosine.clamp(-1.0, 1.0))
     sine = angle.sin()
-    if float(sine) < 1e-6:
+    if float(norm_a * norm_b) == 0.0 or float(sine) < 1e-6:
         return torch.lerp(start, end, t)
     direction = (torch.sin((1.0 - t) * angle) * a / norm_a + torch.sin(t * angle) * b / norm_b) / sine
     point: Tensor = direction * torch.lerp(norm_a, norm_b, t)

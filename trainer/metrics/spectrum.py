@@ -38,7 +38,9 @@ class Texture:
         size = (images.shape[2], images.shape[3])
         assert self.size in (None, size), f"images of {size} among images of {self.size}"
         self.size = size
-        found = self._terms(images.detach().float())
+        # an empty batch has its shape of sums too, but no transform
+        found = self._terms(images.detach().float() if len(images) else images.new_zeros(1, *images.shape[1:]))
+        found = found if len(images) else torch.zeros_like(found)
         self.sums = found if self.sums is None else self.sums + found
 
     def _terms(self, x: Tensor) -> Tensor:
