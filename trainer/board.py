@@ -1,8 +1,8 @@
 """Everything that TensorBoard shows. A step is an image seen, so runs of any batch size can be laid over each other.
 
 Tags: `loss/<phase>/<name>`, `logits/real`, `logits/fake`, `accuracy/real`, `accuracy/fake`, `gradient_norm/<network>`,
-`learning_rate/<network>`, `balance/<loss>`, `kl/nats`, `kl/active_units`, `speed/images_per_second`,
-`speed/waiting_for_data`. LAYOUT draws those that belong together in one chart.
+`lr/<network>`, `weight/<loss>`, `latent/kl`, `test/active_units`, `throughput/images_per_s`,
+`throughput/waiting`. LAYOUT draws those that belong together in one chart.
 
 The rule after a resume at N images: records beyond N are cut out of the old event files, and from then on a tag takes
 each step once; the record that is there first stays. So each curve is the one of a run that was never interrupted. We
@@ -45,13 +45,13 @@ LAYOUT: dict[str, dict[str, list[str]]] = {  # category -> chart -> regular expr
     "discriminator": {"logits": ["logits/(real|fake)$"], "accuracy": ["accuracy/(real|fake)$"]},
     "optimisation": {
         "gradient norms": ["gradient_norm/.*"],
-        "learning rates": ["learning_rate/.*"],
-        "loss weights": ["balance/.*"],
+        "learning rates": ["lr/.*"],
+        "loss weights": ["weight/.*"],
     },
-    "latent": {"KL in nats an image": ["kl/nats$"], "active units": ["kl/active_units$"]},
+    "latent": {"KL in nats an image": ["latent/kl$"], "active units": ["test/active_units$"]},
     "throughput": {
-        "images/s": ["speed/images_per_second$"],
-        "share of time waiting for data": ["speed/waiting_for_data$"],
+        "images/s": ["throughput/images_per_s$"],
+        "share of time waiting for data": ["throughput/waiting$"],
     },
 }
 FLUSH_SECONDS = 10.0

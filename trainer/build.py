@@ -7,7 +7,7 @@ from torch import nn
 
 from trainer import optimizer
 from trainer.config import Config
-from trainer.data import Batch
+from trainer.data import Batch, Stream
 from trainer.methods import Method
 from trainer.networks import ImageShape
 from trainer.parallel.ddp import DDPEngine
@@ -19,6 +19,10 @@ def image_shape(config: Config) -> ImageShape:
     size = config.data.size
     height, width = (size, size) if isinstance(size, int) else size
     return ImageShape(config.data.channels, height, width)
+
+
+def build_stream(config: Config, *, split: str, ranks: Ranks) -> Stream:
+    return Stream(config.data, split=split, batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed)
 
 
 def build_method(config: Config, *, device: torch.device) -> Method:

@@ -114,7 +114,7 @@ def check(config: Config, *, world: int) -> dict[str, str]:
             "latent": " x ".join(map(str, method.latent_size)),
             "global batch": f"{config.batch} images: {world} ranks x {micro_batches} micro-batches of "
             f"{share // micro_batches}",
-            "budget": f"{config.images:,} images, {-(-config.images // config.batch):,} updates, "
+            "budget": f"{config.images:,} images, {config.updates:,} updates, "
             f"{config.images / train.samples:.1f} epochs",
             "an epoch": f"{train.samples:,} images; {test.samples:,} to test on",
             "cost": f"{flops.get_total_flops() / share / 1e6:,.1f} MFLOPs an image, forward and backward of all phases",

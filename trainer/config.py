@@ -94,6 +94,11 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
 
+    @property
+    def updates(self) -> int:
+        """Updates of the budget; the last one ends at or just beyond it."""
+        return -(-self.images // self.batch)
+
     def share(self, world: int) -> int:
         """Images of an update on each of `world` ranks. ValueError where they do not divide."""
         if self.batch % world:

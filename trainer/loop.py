@@ -1,12 +1,11 @@
 """A run from its config to its last line: build, restore, then step, log, evaluate, save until the budget is spent."""
 
 import contextlib
-from collections.abc import Iterator
 
 from trainer import build, progress
 from trainer.board import open_board
 from trainer.config import Config
-from trainer.data import Stream, to_device
+from trainer.data import to_device
 from trainer.evaluate import evaluate
 from trainer.gallery import Gallery
 from trainer.health import NonFinite, Signals
@@ -24,21 +23,20 @@ SHOWN = ("psnr", "nelbo", "bits_per_dim")  # figures of the last line
 def train(config: Config) -> int:
     """Trains until the budget is spent or a signal comes; returns the exit code: 0, or 128 + the signal once saved."""
     ranks = start(config.parallel)
-    try:
-        with _alone(config, ranks), Signals() as signals:
-            return _train(config, ranks, signals)
-    finally:
-        ranks.close()
+    with contextlib.ExitStack() as stack:
+        stack.callback(ranks.close)
+        ranks.together(lambda: stack.enter_context(RunLock(config.run)) and None)  # two runs never share a folder
+        return _train(config, ranks, stack.enter_context(Signals()), stack)
 
 
-def _train(config: Config, ranks: Ranks, signals: Signals) -> int:
+def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.ExitStack) -> int:
     # ---- build
     first = ranks.rank == 0
     micro_batches = config.micro_batches(ranks.world)
-    stream = Stream(
-        config.data, split="train", batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed
+    stream, test = (
+        stack.enter_context(contextlib.closing(build.build_stream(config, split=split, ranks=ranks)))
+        for split in ("train", "test")
     )
-    test = Stream(config.data, split="test", batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed)
     method = build.build_method(config, device=ranks.device)
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
     networks = build.averages(engines)
@@ -48,8 +46,10 @@ def _train(config: Config, ranks: Ranks, signals: Signals) -> int:
     # ---- restore
     saver = Saver(config, ranks=ranks, engines=engines, run=run, nonfinite=nonfinite, stream=stream)
     images = saver.restore()
-    terminal = open_terminal(total=config.images, start=images, enabled=first)
+    terminal = open_terminal(total=config.updates * config.batch, start=images, enabled=first)
+    stack.enter_context(contextlib.closing(terminal))
     board = open_board(config.run / "board", resume_images=images or None, enabled=first, log=terminal.note)
+    stack.enter_context(contextlib.closing(board))
     gallery = Gallery(config, method, networks, test, board=board, ranks=ranks)
     gallery.describe()
     for line in saver.said:
@@ -63,6 +63,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals) -> int:
         parts = build.split(given, micro_batches)
         train_step(method, engines, parts, run, images=images, batch=config.batch, ranks=ranks)
         images += config.batch
+        speed.pause()
         ending = images >= config.images
         stopping = not ending and ranks.any(signals.stop)
         metrics: dict[str, float] = {}
@@ -91,23 +92,11 @@ def _train(config: Config, ranks: Ranks, signals: Signals) -> int:
         speed.resume()
 
     # ---- end
-    stream.close()
     if stopping:
-        board.close()
         terminal.finish(f"stopped at {images:,} images; saved {saver.path}; the same command goes on from there")
         return signals.code
     final = evaluate(method, networks, test, config=config, limit=None, ranks=ranks)
     gallery.conclude(images, final, seconds=saver.seconds + speed.total)
-    board.close()
-    test.close()
     figures = ", ".join(f"{name} {value:.4g}" for name, value in final.items() if name in SHOWN)
     terminal.finish(f"trained on {images:,} images{f' ({figures})' if figures else ''}; everything is in {config.run}")
     return 0
-
-
-@contextlib.contextmanager
-def _alone(config: Config, ranks: Ranks) -> Iterator[None]:
-    """Keeps a second run out of the folder while this one is in it."""
-    with contextlib.ExitStack() as stack:
-        ranks.together(lambda: stack.enter_context(RunLock(config.run)) and None)
-        yield

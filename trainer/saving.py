@@ -73,7 +73,7 @@ class Saver:
     # ------------------------------------------------------------------ rank 0
     def _choose(self) -> str | None:
         settings = self.config.checkpoint
-        checkpoint.room_for(self.config.run, self._expected_bytes(), settings.keep_last)
+        checkpoint.room_for(self.config.run, self._expected_bytes(), settings.keep_last + settings.keep_best)
         path = checkpoint.choose(self.config.run, settings.resume, log=self.said.append)
         return None if path is None else str(path)
 

@@ -6,7 +6,7 @@ from trainer.data import Stream
 
 
 class Speed:
-    """A stopwatch over updates. `read` takes the figures since the last read; `resume` after what is not training."""
+    """A stopwatch over updates: `pause` at the end of each, `resume` before the next, `read` for the board."""
 
     def __init__(self, stream: Stream, images: int) -> None:
         self.stream, self.images = stream, images
@@ -17,18 +17,17 @@ class Speed:
         self._waited = stream.waited
 
     def pause(self) -> None:
-        """The updates so far end here."""
+        """An update ends here."""
         now = time.perf_counter()
         self._spent += now - self._since
         self._since = now
 
     def resume(self) -> None:
-        """What lay between `pause` or `read` and here was no training."""
+        """What lay between `pause` and here was no training."""
         self._since = time.perf_counter()
 
     def read(self, images: int) -> dict[str, float]:
         """Images a second of this run over all ranks, and the share of time that this rank waited for data."""
-        self.pause()
         spent, seen = self._spent, images - self.images
         waited = self.stream.waited - self._waited
         self.total += spent
