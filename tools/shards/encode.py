@@ -22,7 +22,8 @@ def npy(image: NDArray[np.uint8]) -> bytes:
 
 
 def encode(image: NDArray[np.uint8], form: str) -> tuple[str, bytes]:
-    """(field, bytes) of a uint8 (H, W, C) image. auto: npy up to 64 x 64, else JPEG of quality 95 without chroma loss."""
+    """(field, bytes) of a uint8 (H, W, C) image. auto: npy up to 64 x 64, else JPEG of quality 95 without chroma
+    loss."""
     height, width, channels = image.shape
     if form == "auto":
         form = "npy" if max(height, width) <= SMALL else "jpeg"

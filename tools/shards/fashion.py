@@ -36,7 +36,8 @@ TIMEOUT = 60  # seconds without a byte
 
 
 def plan(arrays: dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]], *, seed: int) -> Plan[int]:
-    splits = {split: permutation(len(labels), seed, number) for number, (split, (_, labels)) in enumerate(arrays.items())}
+    counts = {split: len(labels) for split, (_, labels) in arrays.items()}
+    splits = {split: permutation(count, seed, number) for number, (split, count) in enumerate(counts.items())}
     return Plan(
         splits={split: rows.tolist() for split, rows in splits.items()},
         classes=CLASSES,
@@ -65,8 +66,8 @@ def read(folder: Path) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]
     for split, prefix in PREFIXES.items():
         images = gzip.decompress((folder / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
         labels = gzip.decompress((folder / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())
-        found[split] = (
-            np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28),  # idx: 4-byte magic, then 4 bytes a dimension
+        found[split] = (  # idx files: 4 bytes of magic, then 4 bytes a dimension, then the data
+            np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28),
             np.frombuffer(labels, np.uint8, offset=8),
         )
     return found

@@ -52,15 +52,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     folder.add_argument("source", type=Path, metavar="SRC", help="folder of images")
     folder.add_argument("dest", type=Path, metavar="DEST", help="folder to make")
     folder.add_argument("--size", type=_size, metavar="N|HxW", help="resize the shorter side (antialiased), crop the "
-                        "centre; without it sizes are kept, and the trainer takes the set only if they are all equal")  # fmt: skip
+                        "centre; without it sizes are kept, and the trainer wants them all equal")  # fmt: skip
     folder.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (default: as each image is)")
     split = folder.add_mutually_exclusive_group()
     split.add_argument("--holdout", type=_share, default=0.1, metavar="SHARE", help="of the images that make the test "
                        "split, chosen by seed and name (default: 0.1)")  # fmt: skip
     split.add_argument("--test-split", metavar="NAME", help="folder in SRC that is the test split; SRC/train, or else "
                        "all other folders, are the training split")  # fmt: skip
-    folder.add_argument("--format", choices=FORMATS, default="auto", help="auto: npy up to 64 pixels, else JPEG as it is "
-                        "or of quality 95; png and webp are lossless (default: auto)")  # fmt: skip
+    folder.add_argument("--format", choices=FORMATS, default="auto", help="auto: npy up to 64 pixels, else JPEG, as it "
+                        "is or of quality 95; png and webp are lossless (default: auto)")  # fmt: skip
     folder.add_argument("--background", type=_colour, default=(255, 255, 255), metavar="R,G,B",
                         help="behind transparent pixels (default: white)")  # fmt: skip
     folder.add_argument("--range", type=_range, metavar="LOW,HIGH", help="values of float images that become black and "
@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     folder.add_argument("--max-megapixels", type=float, default=64.0, metavar="M", help="larger images are left out "
                         "before they are decoded (default: 64)")  # fmt: skip
     folder.add_argument("--shard-mb", type=float, default=64.0, metavar="MB", help="size of a shard (default: 64)")
-    folder.add_argument("--seed", type=int, default=0, help="of the order in the shards and of the holdout (default: 0)")
+    folder.add_argument("--seed", type=int, default=0, help="of the order and of the holdout (default: 0)")
     folder.add_argument("--workers", type=_count, default=min(8, os.cpu_count() or 1), metavar="N", help="threads that "
                         "decode and encode (default: the cores, 8 at most)")  # fmt: skip
     return parser.parse_args(argv)

@@ -1,6 +1,7 @@
 """Writes shards and their index: in parallel, in a fixed order, resumable, never over anything that is there.
 
-While at work, DEST holds .unfinished/ with what is done; every finished shard is noted there. The same command goes on from
+While at work, DEST holds .unfinished/ with what is done; every finished shard is noted there. The same command goes
+on from
 the last whole shard and gives the same bytes as an uninterrupted one. The index is written last.
 """
 
@@ -69,7 +70,8 @@ def pack(
     max_bad: float,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Writes DEST/SPLIT/*.tar and the indices; returns the report. encode(split, number, item) runs in `workers` threads.
+    """Writes DEST/SPLIT/*.tar and the indices; returns the report. encode(split, number, item) runs in `workers`
+    threads.
 
     ValueError: DEST is taken, or more than `max_bad` of the images are bad (then no index is written).
     """
@@ -86,7 +88,8 @@ def pack(
 
 
 def complete(dest: Path, splits: Sequence[str], options: Mapping[str, Any]) -> bool:
-    """Whether DEST is finished and of these options. ValueError where it holds anything else: nothing is overwritten."""
+    """Whether DEST is finished and of these options. ValueError where it holds anything else: nothing is
+    overwritten."""
     if (dest / UNFINISHED).exists() or not dest.exists():
         return False
     if not dest.is_dir():
@@ -128,7 +131,7 @@ def _workplace(dest: Path, plan: Plan[Item]) -> Iterator[dict[str, Any]]:
                 "options": _plain(plan.options),
                 "next": dict.fromkeys(plan.splits, 0),
                 "shards": {split: [] for split in plan.splits},
-                "image": {split: None for split in plan.splits},
+                "image": dict.fromkeys(plan.splits),
                 "converted": {},
                 "left_out": [],
             }
@@ -260,9 +263,9 @@ class _Shard:
             _write(dest / UNFINISHED / f"{self.path.name}.npz", table.getvalue())
             self.aside.replace(self.path)
             durable.flush(self.path.parent)
-            state["shards"][self.split].append({
-                "name": self.path.name, "samples": self.samples, "bytes": self.position, "sha256": self.digest.hexdigest()
-            })  # fmt: skip
+            digest = self.digest.hexdigest()
+            line = {"name": self.path.name, "samples": self.samples, "bytes": self.position, "sha256": digest}
+            state["shards"][self.split].append(line)
             old = state["image"][self.split]
             for shape in old or []:
                 self.spans.add(*shape)
@@ -287,8 +290,8 @@ def _judge(dest: Path, plan: Plan[Item], state: Mapping[str, Any], max_bad: floa
             raise ValueError(f"{dest}: none of the {len(items)} images of the {split} split can be used{first}")
     if len(bad) > max_bad * total:
         raise ValueError(
-            f"{dest}: {len(bad)} of {total} images ({len(bad) / total:.1%}) are bad, more than --max-bad {max_bad:g}{first}; "
-            f"{dest / UNFINISHED / 'state.json'} names them all; a higher --max-bad finishes the set without them"
+            f"{dest}: {len(bad)} of {total} images ({len(bad) / total:.1%}) are bad, more than --max-bad {max_bad:g}"
+            f"{first}; {dest / UNFINISHED / 'state.json'} names them all; a higher --max-bad finishes the set without them"
         )
 
 

@@ -1,1 +1,11 @@
-"""Shards to batches."""
+"""Shards to batches: index, order, safe decoders, readers, the transform on the device. See README.md."""
+
+from trainer.data.batch import Batch, RawBatch, to_device
+from trainer.data.config import ShardsConfig
+from trainer.data.pixels import to_float, to_uint8
+from trainer.data.stream import Stream
+
+CONFIGS = {"shards": ShardsConfig}
+"""kind -> config. A new kind of data is one file and its line here."""
+
+__all__ = ["CONFIGS", "Batch", "RawBatch", "ShardsConfig", "Stream", "to_device", "to_float", "to_uint8"]

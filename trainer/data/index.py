@@ -1,6 +1,7 @@
 """What a split holds: its shards, and where each sample lies in them.
 
-    DEST/train/index.json      format, classes, image sizes, shards with samples, bytes and sha256, the report of the maker
+    DEST/train/index.json      format, classes, image sizes, shards with samples, bytes and sha256, the report of the
+    maker
     DEST/train/index.npz       offset, size, label, field of each sample, in the order of the shards
     DEST/train/train-00000.tar ...
 
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data import tar
+from trainer.data import decode, tar
+from trainer.data.convert import Undecodable
 
 FORMAT = 1
 UNFINISHED = ".unfinished"
@@ -26,7 +28,6 @@ UNFINISHED = ".unfinished"
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "npy")
 """Extensions that are decoded; a field may have a prefix (`left.png`)."""
 LABEL_FIELD = "cls"
-LONGEST_LABEL = 32  # bytes of a decimal integer
 
 
 class Shard(NamedTuple):
@@ -114,14 +115,14 @@ def load(path: Path, split: str, *, image: str = "auto") -> Index:
         return _read(folder)
     paths = sorted(folder.glob("*.tar"))
     if not paths:
-        raise ValueError(f"data.path: {folder} holds no index.json and no .tar files; make them with `tandem data make`")
+        raise ValueError(
+            f"data.path: {folder} holds no index.json and no .tar files; make them with `tandem data make`"
+        )
     return build(folder, paths, image=image)
 
 
 def build(folder: Path, paths: Sequence[Path], *, image: str) -> Index:
     """The index of shards that have none, from one scan of their headers and of their images' headers."""
-    from trainer.data import decode  # here, so that reading an index needs no image library
-
     fields: list[str] = []
     rows: list[tuple[int, int, int, int]] = []
     shards, spans = [], Spans()
@@ -210,10 +211,10 @@ def _label(file: Any, path: Path, sample: dict[str, tar.Member]) -> int:
         return -1
     member = sample[LABEL_FIELD]
     file.seek(member.offset)
-    text = file.read(min(member.size, LONGEST_LABEL)).strip()
-    if member.size > LONGEST_LABEL or not text.isdigit():
-        raise ValueError(f"{path}: key {member.key}: .cls must hold a class number, not {text[:20]!r}")
-    return int(text)
+    try:
+        return decode.label(file.read(min(member.size, 64)))
+    except Undecodable as error:
+        raise ValueError(f"{path}: the .cls of key {member.key} {error}; make the shard again") from None
 
 
 def _read(folder: Path) -> Index:
@@ -249,6 +250,8 @@ def _read(folder: Path) -> Index:
         raise ValueError(f"{table}: is not readable ({error}); {again}") from None
     if len(offset) != sum(shard.samples for shard in shards):
         raise ValueError(f"{table}: holds {len(offset)} samples, index.json {sum(s.samples for s in shards)}; {again}")
+    if len(label) and not -1 <= label.min() <= label.max() < max(1, len(classes)):
+        raise ValueError(f"{table}: holds labels that are none of the {len(classes)} classes of index.json; {again}")
     return Index(
         folder=folder, shards=shards, classes=classes, height=spans[0], width=spans[1], channels=spans[2],
         fields=fields, offset=offset, size=size, label=label, field=field, report=content.get("report", {}),

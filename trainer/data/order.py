@@ -1,8 +1,11 @@
 """Which sample stands at which position: a pure function of (seed, position), for ever.
 
-Position p lies in epoch p // N. In each epoch the shards are permuted, cut into windows of `window` shards, and the samples
-of a window are permuted. So every sample is seen once an epoch, few shards are open at a time, and going on at any position
-costs one window. The permutation is our own (splitmix64 and a stable sort): numpy's may change between versions (NEP 19).
+Position p lies in epoch p // N. In each epoch the shards are permuted, cut into windows of `window` shards, and the
+samples
+of a window are permuted. So every sample is seen once an epoch, few shards are open at a time, and going on at any
+position
+costs one window. The permutation is our own (splitmix64 and a stable sort): numpy's may change between versions (NEP
+19).
 """
 
 from collections.abc import Sequence
@@ -33,7 +36,8 @@ def permutation(n: int, *key: int) -> NDArray[np.int64]:
 
 
 class Order:
-    """`take(start, count)` gives sample numbers 0..N-1 (in the order of the shards) at positions start..start+count-1."""
+    """`take(start, count)` gives sample numbers 0..N-1 (in the order of the shards) at positions
+    start..start+count-1."""
 
     def __init__(self, sizes: Sequence[int], *, seed: int, window: int) -> None:
         """sizes: samples of each shard, all at least 1. window: shards whose samples are mixed, at least 1."""

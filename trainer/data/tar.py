@@ -30,14 +30,16 @@ class ShardCut(Exception):
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """webdataset's rule: the field is what follows the first dot of the last part. A hidden or dotless name has no field."""
+    """webdataset's rule: the field is what follows the first dot of the last part. A hidden or dotless name has no
+    field."""
     folder, slash, base = name.rpartition("/")
     stem, dot, field = base.partition(".")
     return (f"{folder}{slash}{stem}", field) if stem and dot else (name, "")
 
 
 def scan(path: Path) -> list[Member]:
-    """The regular files of a tar, in order. Reads headers only. ShardCut where the file ends too early, ValueError where
+    """The regular files of a tar, in order. Reads headers only. ShardCut where the file ends too early, ValueError
+    where
     it is no tar or holds what a shard must not (sparse files)."""
     found: list[Member] = []
     for name, offset, size in _headers(path, found):

@@ -1,0 +1,265 @@
+"""A folder of images as shards: what is in it, which class and split each image has, and its pixels."""
+
+import argparse
+import hashlib
+import os
+import re
+import stat
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from tools.shards.encode import SMALL, encode
+from tools.shards.pack import LeftOut, Packed, Plan, complete, pack
+from trainer.data import convert
+from trainer.data.convert import Undecodable
+
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
+)
+"""Compared without regard to case; the format is found from the content."""
+LARGEST_FILE = 1 << 30  # bytes
+DECISIVE = (
+    "size", "channels", "holdout", "test_split", "format", "background", "range", "max_megapixels", "shard_mb", "seed",
+)  # fmt: skip
+"""Options that the bytes of the shards depend on."""
+SHOWN = 10  # names of left-out images on the terminal; the index names all
+
+
+class Found(NamedTuple):
+    """An image file. name: its path in SRC, as bytes of the file system in Python's way (surrogateescape)."""
+
+    name: str
+    label: int
+
+
+@dataclass
+class Listing:
+    """What a folder holds: the images, and what was passed over."""
+
+    images: list[tuple[str, int, int]] = field(default_factory=list)
+    """(name, bytes, modification time in ns)."""
+    hidden: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    """Symbolic links that leave SRC, lead nowhere, or lead to folders."""
+    others: int = 0
+    """Files that are no images by their extension."""
+
+
+def list_images(source: Path) -> Listing:
+    """Every image below `source`, sorted. Folders behind links are not entered, so nothing loops or is seen twice; a
+    linked file counts where its target lies in `source`."""
+    found = Listing()
+    root = Path(os.path.realpath(source))
+    for folder, folders, files in os.walk(root, onerror=_raise):
+        here = os.path.relpath(folder, root)
+        prefix = "" if here == "." else f"{here}/"
+        for name in list(folders):
+            if name.startswith("."):
+                found.hidden.append(f"{prefix}{name}")
+            elif os.path.islink(f"{folder}/{name}"):  # noqa: PTH114
+                found.links.append(f"{prefix}{name}")
+            else:
+                continue
+            folders.remove(name)
+        folders.sort()
+        for name in files:
+            path, full = f"{prefix}{name}", Path(folder, name)
+            if name.startswith("."):
+                found.hidden.append(path)
+            elif full.suffix.lower() not in EXTENSIONS:
+                found.others += 1
+            elif full.is_symlink() and not _inside(full, root):
+                found.links.append(path)
+            else:
+                status = full.stat()
+                if stat.S_ISREG(status.st_mode):
+                    found.images.append((path, status.st_size, status.st_mtime_ns))
+                else:
+                    found.others += 1
+    found.images.sort(key=lambda row: os.fsencode(row[0]))
+    found.hidden.sort()
+    found.links.sort()
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _inside(link: Path, root: Path) -> bool:
+    try:
+        target = link.resolve(strict=True)
+    except (OSError, RuntimeError):  # leads nowhere, or in a circle
+        return False
+    return target.is_file() and target.is_relative_to(root)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorting key: 1, 2, 10; numbers before text, upper case beside lower."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(0, int(part), part) if part.isdigit() else (1, 0, part.casefold()) for part in parts] + [(2, 0, name)]
+
+
+def hashed(seed: int, name: str) -> int:
+    """64 bits from the seed and a path: the order in the shards and the choice of the holdout."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0".encode() + os.fsencode(name)).digest()[:8], "little")
+
+
+def plan(
+    listing: Listing, source: Path, *, seed: int, holdout: float, test_split: str | None, options: dict[str, Any]
+) -> Plan[Found]:
+    """Splits, classes and order. The first folder of a path (below the split's folder) is its class."""
+    names = [name for name, _, _ in listing.images]
+    if not names:
+        kinds = " ".join(sorted(EXTENSIONS))
+        passed = f" ({listing.others} other files, {len(listing.hidden)} hidden)"
+        raise ValueError(f"{source}: holds no images{passed}; images are files ending in {kinds}")
+    split_of, rest = _splits(names, source, seed=seed, holdout=holdout, test_split=test_split)
+    folders = sorted({rest[name].partition("/")[0] for name in names if "/" in rest[name]}, key=natural)
+    number = {folder: label for label, folder in enumerate(folders)}
+    splits: dict[str, list[Found]] = {"train": [], "test": []}
+    for name in sorted(names, key=lambda name: (hashed(seed, name), name)):
+        label = number[rest[name].partition("/")[0]] if "/" in rest[name] else -1
+        splits[split_of[name]].append(Found(name, label))
+    if not splits["train"]:
+        raise ValueError(f"{source}: leaves no image for training; lower --holdout, or name another --test-split")
+    if not splits["test"]:
+        if holdout or test_split:
+            raise ValueError(f"{source}: {len(names)} images leave none for the test split; raise --holdout")
+        del splits["test"]
+    files = hashlib.sha256(repr(listing.images).encode("utf-8", "surrogateescape")).hexdigest()
+    notes = {
+        "hidden": listing.hidden,
+        "links": listing.links,
+        "not_images": listing.others,
+        "without_class": sum(found.label < 0 for split in splits.values() for found in split) if folders else 0,
+    }
+    return Plan(splits, tuple(folders), {**options, "files": files}, notes)
+
+
+def _splits(
+    names: list[str], source: Path, *, seed: int, holdout: float, test_split: str | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """{name: split} and {name: path below the split's folder}; names outside both splits are removed from `names`."""
+    if test_split is None:
+        # the hash of another stream than the order's, so that the split is no run of the order
+        limit = holdout * 2**64
+        splits = {name: "test" if hashed(seed, f"holdout/{name}") < limit else "train" for name in names}
+        return splits, {name: name for name in names}
+    test = test_split.strip("/") + "/"
+    if not any(name.startswith(test) for name in names):
+        raise ValueError(f"{source}: --test-split {test_split} names no folder with images in it")
+    train = "train/" if any(name.startswith("train/") for name in names) and test != "train/" else ""
+    names[:] = [name for name in names if name.startswith((test, train))]
+    splits = {name: "test" if name.startswith(test) else "train" for name in names}
+    return splits, {name: name.removeprefix(test if splits[name] == "test" else train) for name in names}
+
+
+class Encode:
+    """One image file to one sample, or the reason why not. Runs in threads: the codecs release the interpreter."""
+
+    def __init__(self, source: Path, options: argparse.Namespace) -> None:
+        self.source, self.options = source, options
+        self.max_pixels = int(options.max_megapixels * 1e6)
+
+    def __call__(self, split: str, number: int, found: Found) -> Packed | LeftOut:
+        path = self.source / found.name
+        try:
+            if path.stat().st_size > LARGEST_FILE:
+                raise Undecodable(f"is larger than {LARGEST_FILE:,} bytes")
+            return self._pack(f"{number:09d}", path.read_bytes(), found)
+        except Undecodable as error:
+            return LeftOut(found.name, str(error))
+
+    def _pack(self, key: str, data: bytes, found: Found) -> Packed:
+        options = self.options
+        if not data:
+            raise Undecodable("is empty")
+        picture = convert.open_image(data, max_pixels=self.max_pixels)
+        image, notes = convert.pixels(picture, data, background=options.background, float_range=options.range)
+        if options.channels and image.shape[2] != options.channels:
+            notes = (*notes, "colour to grey" if options.channels == 1 else "grey repeated as colour")
+            image = convert.with_channels(image, options.channels)
+        if options.size:
+            image = convert.resize(image, options.size)
+        whole = not notes and image.shape[:2] == picture.size[::-1] and b"Exif\0\0" not in data
+        name = "jpg"
+        if not (options.format == "auto" and picture.format == "JPEG" and whole and max(image.shape[:2]) > SMALL):
+            name, data = encode(image, options.format)  # else as it is: encoding it again would lose quality
+        shape = (*image.shape[:2], 3 if name == "webp" else image.shape[2])
+        return Packed(key, name, data, found.label, {"path": found.name}, shape, notes)
+
+
+def make(
+    options: argparse.Namespace,
+    *,
+    bar: Callable[[int], AbstractContextManager[Callable[[int], None]]],
+    say: Callable[[str], int],
+) -> int:
+    """`tandem data make folder`. ValueError for what the user must mend."""
+    source, dest = options.source, options.dest
+    if not source.is_dir():
+        what = "is no folder" if source.exists() else "does not exist"
+        raise ValueError(f"{source}: {what}; give a folder of images")
+    real = Path(os.path.realpath(dest))
+    if real.is_relative_to(os.path.realpath(source)):
+        raise ValueError(f"{dest}: lies inside {source}; choose a folder outside it, so that it is not read as images")
+    if options.format == "webp" and options.channels == 1:
+        raise ValueError("--channels 1: webp stores no grey; use --format png")
+    settings = {"kind": "folder", **{name: getattr(options, name) for name in DECISIVE}}
+    listing = list_images(source)
+    wanted = plan(
+        listing, source, seed=options.seed, holdout=options.holdout, test_split=options.test_split, options=settings
+    )
+    if complete(dest, tuple(wanted.splits), wanted.options):
+        return say(f"{dest}: already complete; nothing was written")
+    with bar(sum(map(len, wanted.splits.values()))) as advance, _our_pixel_limit():
+        report = pack(
+            dest, wanted, Encode(source, options), shard_bytes=int(options.shard_mb * 1e6), workers=options.workers,
+            max_bad=options.max_bad, advance=advance,
+        )  # fmt: skip
+    for line in _summary(report):
+        say(line)
+    counts = {split: len(items) for split, items in wanted.splits.items()}
+    left = f", {len(report['left_out'])} left out" if report["left_out"] else ""
+    total = " and ".join(f"{count:,} {split}" for split, count in counts.items())
+    return say(f"{dest}: packed {total} images{left}; {len(wanted.classes)} classes; the report is in index.json")
+
+
+def _summary(report: dict[str, Any]) -> Iterator[str]:
+    for what, count in sorted(report["converted"].items()):
+        yield f"{count:,} images {what}"
+    for name, why in report["left_out"][:SHOWN]:
+        yield f"left out: {name}: {why}"
+    if len(report["left_out"]) > SHOWN:
+        yield f"left out: {len(report['left_out']) - SHOWN:,} more, named in index.json"
+    for key, text in (
+        ("hidden", "hidden files and folders"),
+        ("links", "links that leave the folder or lead to folders"),
+    ):
+        if names := report[key]:
+            yield f"skipped {len(names):,} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    if report["not_images"]:
+        yield f"{report['not_images']:,} files skipped that are no images by their extension"
+    if report["without_class"]:
+        yield f"{report['without_class']:,} images lie beside the class folders and have no class"
+
+
+@contextmanager
+def _our_pixel_limit() -> Iterator[None]:
+    """--max-megapixels decides in place of Pillow's own limit; its warnings about odd tags are not shown."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    Image.init()  # its table of formats, before threads ask for it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before

@@ -1,0 +1,191 @@
+"""Image bytes to pixels, by an allow-list of extensions: nothing here runs what it reads, and limits act before
+decoding."""
+
+import json
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from trainer.data import convert
+from trainer.data.convert import Undecodable
+
+Pixels = NDArray[np.uint8]
+_WHITE = (255, 255, 255)
+_NPY_MAGIC = b"\x93NUMPY"
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '[|<>=]?u1', 'fortran_order': False, 'shape': \((\d{1,9}), (\d{1,9})(?:, ([13]))?,?\),? *\}\s*"
+)
+LONGEST_LABEL = 18  # digits: fits int64
+LONGEST_METADATA = 1 << 20  # bytes
+_EXIF = b"Exif\0\0"
+
+
+def decode(
+    data: bytes, field: str, *, channels: int | None, max_pixels: int, background: tuple[int, int, int] = _WHITE
+) -> Pixels:
+    """uint8 (H, W, C) of an image. Turned as its EXIF tag says, 16 bit reduced to 8, transparency laid on `background`.
+
+    field: the name after the key; its last extension chooses the decoder. channels: 1, 3, or None for as it is.
+    Undecodable says what is wrong; more than `max_pixels` is refused before decoding.
+    """
+    fast = DECODERS.get(field.rpartition(".")[2].lower())
+    if fast is None:
+        raise Undecodable(f"the field {field} is none of {', '.join(DECODERS)}")
+    if not data:
+        raise Undecodable("is empty")
+    header = _header(data, field)
+    if header is not None and header[0] * header[1] > max_pixels:
+        raise Undecodable(f"has {header[0]} x {header[1]} pixels, at most {max_pixels:,} are allowed")
+    image = fast(data, channels)
+    if image is None:
+        image = convert.pixels(convert.open_image(data, max_pixels=max_pixels), data, background=background).image
+    if channels is not None and image.shape[2] != channels:
+        if channels == 1:
+            raise Undecodable("is a colour image where data.channels is 1")
+        image = np.repeat(image, channels, axis=2)
+    return image
+
+
+def shape(data: bytes, field: str) -> tuple[int, int, int] | None:
+    """Height, width (as turned by EXIF), channels from the first bytes of an image; None where they do not say."""
+    try:
+        found = _header(data, field)
+        if found is not None and field.lower().endswith(("jpg", "jpeg")) and _EXIF in data[:65_536]:
+            turned = convert.orientation(data) >= 5  # 5 to 8 lie on their side (EXIF 2.3, tag 274)
+            return (found[1], found[0], found[2]) if turned else found
+    except Undecodable:
+        return None
+    return found
+
+
+def _header(data: bytes, field: str) -> tuple[int, int, int] | None:
+    """Height, width, channels as stored; None where the format's reader must find out. Undecodable: not of this
+    format."""
+    kind = field.rpartition(".")[2].lower()
+    if kind == "npy":
+        return npy_header(data)[1]
+    if kind in ("jpg", "jpeg") and data[:2] == b"\xff\xd8":
+        try:
+            height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError as error:
+            raise Undecodable(f"is no whole JPEG ({error})") from None
+        return height, width, 1 if colour.upper() == "GRAY" else 3
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 33:
+        width, height = struct.unpack(">II", data[16:24])
+        return height, width, 1 if data[25] in (0, 4) else 3
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
+        return _webp_header(data)
+    return None
+
+
+def _webp_header(data: bytes) -> tuple[int, int, int] | None:
+    """RFC 9649, sections 2.5 to 2.7."""
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(data[27:30], "little") + 1, int.from_bytes(data[24:27], "little") + 1, 3
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, 3
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return height & 0x3FFF, width & 0x3FFF, 3
+    return None
+
+
+def npy_header(data: bytes) -> tuple[int, tuple[int, int, int]]:
+    """(bytes before the pixels, (H, W, C)) of an .npy file of uint8 (H, W) or (H, W, 1 or 3). Undecodable for any
+    other:
+    the header is matched, never evaluated."""
+    if data[:6] != _NPY_MAGIC or len(data) < 12:
+        raise Undecodable("is no .npy file")
+    wide = data[6] > 1
+    start = 12 if wide else 10
+    end = start + int.from_bytes(data[8:start], "little")
+    found = _NPY_HEADER.fullmatch(data[start:end]) if end <= 4096 else None
+    if found is None:
+        raise Undecodable("is no .npy file of uint8 pixels (height, width, 1 or 3)")
+    height, width, channels = (int(part or 1) for part in found.groups())
+    return end, (height, width, channels)
+
+
+def _jpeg(data: bytes, channels: int | None) -> Pixels | None:
+    if data[:2] != b"\xff\xd8" or _EXIF in data[:65_536]:
+        return None
+    try:
+        colour = simplejpeg.decode_jpeg_header(data)[2].upper()
+        if colour not in ("GRAY", "YCBCR", "RGB"):
+            return None  # CMYK and YCCK: inks
+        grey = colour == "GRAY" and channels != 3
+        return np.asarray(simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB"))
+    except ValueError:
+        return None  # a recoverable fault is judged by the careful path, the same on every machine
+
+
+def _png(data: bytes, channels: int | None) -> Pixels | None:
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33 or data[24] != 8 or data[25] not in (0, 2):
+        return None  # 16 bit, palettes, alpha
+    if b"IDAT" not in data or re.search(rb"tRNS|eXIf|acTL", data[: data.index(b"IDAT")]) or b"eXIf" in data[-4096:]:
+        return None
+    return _opencv(data, grey=data[25] == 0 and channels != 3)
+
+
+def _webp(data: bytes, channels: int | None) -> Pixels | None:
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or data[12:16] == b"VP8X":
+        return None  # VP8X: alpha, animation, EXIF
+    if data[12:16] == b"VP8L" and len(data) > 24 and data[24] & 0x10:
+        return None  # alpha_is_used
+    return _opencv(data, grey=False)
+
+
+def _opencv(data: bytes, *, grey: bool) -> Pixels | None:
+    flags = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB
+    try:
+        image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+    if image is None or image.dtype != np.uint8:
+        return None
+    return np.asarray(image[..., None] if image.ndim == 2 else image)
+
+
+def _npy(data: bytes, channels: int | None) -> Pixels:
+    start, shape = npy_header(data)
+    if len(data) - start != shape[0] * shape[1] * shape[2]:
+        raise Undecodable(f"holds {len(data) - start:,} bytes of pixels, its header says {shape}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+DECODERS: dict[str, Callable[[bytes, int | None], Pixels | None]] = {
+    "jpg": _jpeg,
+    "jpeg": _jpeg,
+    "png": _png,
+    "webp": _webp,
+    "npy": _npy,
+}
+"""Extension -> fast decoder; None hands the image to the careful path (Pillow). A new kind is one function and its
+line."""
+
+
+def label(data: bytes) -> int:
+    """A .cls field: a class number as text. Undecodable for anything else."""
+    text = data.strip()
+    if len(text) > LONGEST_LABEL or not text.isdigit():
+        raise Undecodable(f"holds {text[:20]!r}, not a class number")
+    return int(text)
+
+
+def metadata(data: bytes) -> dict[str, Any]:
+    """A .json field: one JSON object of at most 1 MiB. Undecodable for anything else."""
+    try:
+        found = json.loads(data) if len(data) <= LONGEST_METADATA else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Undecodable("holds no JSON object")
+    return found
