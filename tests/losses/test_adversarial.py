@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.losses.adversarial import LOSSES
@@ -35,6 +35,7 @@ def slope(function, at: float) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None)
 @given(real=LOGITS, fake=LOGITS)
 def test_each_player_is_pulled_by_the_papers_slope(name: str, real: float, fake: float) -> None:
     if name == "hinge" and min(abs(real - 1), abs(fake + 1)) < 2 * SMALL:

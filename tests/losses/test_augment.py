@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,6 +72,7 @@ def test_saturation_scales_distance_from_grey_and_contrast_distance_from_the_mea
 
 
 # ---------------------------------------------------------------- translation
+@settings(deadline=None)
 @given(down=UNIT, right=UNIT, height=st.integers(4, 30), width=st.integers(4, 30))
 def test_translation_moves_by_whole_pixels_and_fills_with_grey(
     down: float, right: float, height: int, width: int
@@ -98,6 +99,7 @@ def test_translation_reaches_both_ends_and_every_shift_alike() -> None:
 
 
 # ---------------------------------------------------------------- cutout
+@settings(deadline=None)
 @given(down=UNIT, right=UNIT, height=st.integers(4, 17), width=st.integers(4, 17))
 def test_cutout_cuts_one_rectangle_of_half_the_sides_or_what_is_inside(
     down: float, right: float, height: int, width: int

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
@@ -39,6 +39,7 @@ def test_kl_at_the_ends_of_the_clamp_is_the_fields() -> None:
     assert found[3] == found[4] == pytest.approx(0.5 * (30.0 - 1.0), rel=1e-6)
 
 
+@settings(deadline=None)
 @given(NUMBERS, NUMBERS)
 def test_kl_is_that_of_torch_distributions_and_never_negative(mean: float, logvar: float) -> None:
     m, v = torch.tensor([[mean]], dtype=torch.float64), torch.tensor([[logvar]], dtype=torch.float64)
@@ -78,6 +79,7 @@ def test_a_dimension_below_the_floor_feels_no_pull_and_one_above_feels_all_of_it
     assert found.tolist() == [[0.0, 1.0]]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(0.0, 5.0), min_size=3, max_size=3), min_size=4, max_size=4), st.floats(0.0, 2.0))
 def test_free_bits_do_not_depend_on_the_split_of_a_batch(rows: list[list[float]], nats: float) -> None:
     whole = torch.tensor(rows)

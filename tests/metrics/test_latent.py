@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.metrics.interpolate import slerp
@@ -67,6 +67,7 @@ def test_orthogonal_ends_of_equal_norm_keep_it_on_the_way(shape: tuple[int, ...]
     torch.testing.assert_close(middle, (a + b) / math.sqrt(2))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(0.0, 1.0))
 def test_norm_goes_evenly_from_end_to_end_and_ends_are_exact(seed: int, t: float) -> None:
     a, b = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed))
@@ -81,6 +82,7 @@ def test_the_angle_is_walked_evenly() -> None:
     assert angles == pytest.approx([t * math.pi / 2 for t in (0.0, 0.25, 0.5, 0.75, 1.0)], abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.floats(0.0, 1.0))
 def test_equal_opposite_and_zero_latents_stay_finite(t: float) -> None:
     a = torch.randn(8, generator=torch.Generator().manual_seed(0))
