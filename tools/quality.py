@@ -7,12 +7,10 @@ averaged ones and seeds are fixed: measuring again gives the same figures.
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainer import durable, generate
+from tools.quality_figures import Quality, table, write
+from trainer import generate
 from trainer.data import Batch, RawBatch, ShardsConfig, Stream, to_device, to_float
 from trainer.errors import boundary
 from trainer.losses.reconstruction import bits_per_dim
@@ -28,7 +27,7 @@ from trainer.metrics import fashion_cnn, psnr
 from trainer.metrics.fashion_cnn import Facts, FashionCNN
 from trainer.metrics.frechet import frechet
 from trainer.metrics.moments import Moments
-from trainer.metrics.spectrum import Ratios, Texture
+from trainer.metrics.spectrum import Texture
 
 BATCH = 250  # images at once; changes no figure
 FLOOR_SAMPLES = 10_000  # training images whose distance to the test images is the floor
@@ -81,35 +80,6 @@ class Pictures:
         self.texture.add(to_float(images))
         self.counts += classes.bincount(minlength=fashion_cnn.CLASSES)
         return classes
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Figures of one run. None: the method has no such thing."""
-
-    fd_samples: float
-    """Frechet distance of samples to the test images, on fd_fashion_cnn."""
-    fd_reconstructions: float | None
-    fd_floor: float
-    """Of real training images: below it nothing is told apart."""
-    samples: int
-    reference: int
-    """Test images, of which the reconstructions are too."""
-    texture_samples: Ratios
-    texture_reconstructions: Ratios | None
-    psnr: float | None
-    """dB, reconstructions from the posterior mean, mean over images."""
-    same_class: float | None
-    """Share of test images whose predicted class survives reconstruction."""
-    elbo: float | None
-    """Nats an image, one posterior sample."""
-    kl: float | None
-    bits_per_dim: float | None
-    """Of minus the ELBO."""
-    likelihood: str | None
-    """What the nats are nats of."""
-    class_shares: list[float]
-    """Share of samples by predicted class; a tenth each in the data."""
 
 
 def valid(split: Split) -> Iterator[RawBatch]:
@@ -210,55 +180,6 @@ def measure(
         likelihood=likelihood.name if has_elbo else None,
         class_shares=(drawn.counts / distance.samples).tolist(),
     )
-
-
-def table(rows: dict[str, Quality]) -> str:
-    """Markdown: a column a run. Distances carry their sample counts."""
-    counts = {(q.samples, q.reference) for q in rows.values()}
-    if len(counts) > 1:
-        raise ValueError(f"samples: distances of {sorted(counts)} samples do not compare; measure all with one number")
-    ((samples, reference),) = counts
-    name = fashion_cnn.NAME
-    lines: dict[str, list[str]] = {
-        f"{name}, {samples:,} samples": [f"{q.fd_samples:.2f}" for q in rows.values()],
-        f"{name}, {reference:,} reconstructions": [_number(q.fd_reconstructions, 2) for q in rows.values()],
-        f"{name}, real against real": [f"{q.fd_floor:.3f}" for q in rows.values()],
-        "samples / real: gradient, high, check, phase": [_ratios(q.texture_samples) for q in rows.values()],
-        "reconstructions / real: the same": [_ratios(q.texture_reconstructions) for q in rows.values()],
-        "PSNR, dB": [_number(q.psnr, 2) for q in rows.values()],
-        "same class": [_number(q.same_class, 3) for q in rows.values()],
-        "ELBO, nats": [_number(q.elbo, 1) for q in rows.values()],
-        "KL, nats": [_number(q.kl, 1) for q in rows.values()],
-        "bits a dimension": [_number(q.bits_per_dim, 4) for q in rows.values()],
-        "likelihood": [q.likelihood or "-" for q in rows.values()],
-        "class shares, least and most": [
-            f"{min(q.class_shares):.3f}, {max(q.class_shares):.3f}" for q in rows.values()
-        ],
-    }
-    head = ["", *rows]
-    return "\n".join(
-        "| " + " | ".join(row) + " |"
-        for row in [head, ["---"] * len(head), *([key, *found] for key, found in lines.items())]
-    )
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _ratios(found: Ratios | None) -> str:
-    return "-" if found is None else " / ".join(f"{value:.2f}" for value in found)
-
-
-def write(path: Path, quality: Quality, **facts: Any) -> None:
-    """quality.json, aside first: the figures and what they were measured with."""
-    figures = asdict(quality)
-    for key in ("texture_samples", "texture_reconstructions"):
-        ratios = getattr(quality, key)
-        figures[key] = None if ratios is None else ratios._asdict()
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    durable.write_text(aside, json.dumps({**facts, **figures}, indent=1) + "\n")
-    aside.rename(path)
 
 
 def main(argv: list[str]) -> int:

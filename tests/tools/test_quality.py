@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tools import quality
+from tools.quality_figures import Quality, table
 from trainer.data import Batch, RawBatch, to_float
 from trainer.losses.reconstruction import Bernoulli, Gaussian, bits_per_dim
 from trainer.metrics import fashion_cnn, psnr
@@ -65,7 +66,7 @@ def network() -> FashionCNN:
         return FashionCNN().eval()
 
 
-def figures(model: FakeModel, network: FashionCNN, data: Tensor, *, samples: int, likelihood=None) -> quality.Quality:
+def figures(model: FakeModel, network: FashionCNN, data: Tensor, *, samples: int, likelihood=None) -> Quality:
     split = FakeSplit(data)
     real = quality.real_pictures(network, split)
     return quality.measure(
@@ -107,7 +108,7 @@ def test_blurred_reconstructions_lose_sharpness_and_psnr_is_a_mean_over_images(n
 def test_a_method_without_an_encoder_has_gaps_and_no_zeros(network: FashionCNN) -> None:
     found = figures(FakeModel(images(100, seed=1)), network, images(100), samples=100)
     assert (found.psnr, found.same_class, found.fd_reconstructions, found.elbo) == (None, None, None, None)
-    assert "| - |" in quality.table({"gan": found})
+    assert "| - |" in table({"gan": found})
 
 
 def test_the_table_has_a_column_a_run_and_the_sample_counts(network: FashionCNN) -> None:
@@ -118,7 +119,7 @@ def test_the_table_has_a_column_a_run_and_the_sample_counts(network: FashionCNN)
         samples=100,
         likelihood=Bernoulli(),
     )
-    rows = quality.table({"a/x": one, "b/x": replace(one, fd_samples=1234.5)}).splitlines()
+    rows = table({"a/x": one, "b/x": replace(one, fd_samples=1234.5)}).splitlines()
     assert rows[0] == "|  | a/x | b/x |"
     assert rows[2].startswith("| fd_fashion_cnn, 100 samples | ") and rows[2].endswith("| 1234.50 |")
     assert "FID" not in "\n".join(rows).upper().replace("FD_FASHION", "")
@@ -128,7 +129,7 @@ def test_the_table_has_a_column_a_run_and_the_sample_counts(network: FashionCNN)
 def test_distances_of_different_counts_are_not_put_side_by_side(network: FashionCNN) -> None:
     one = figures(FakeModel(images(100, seed=1)), network, images(100), samples=100)
     with pytest.raises(ValueError, match="do not compare"):
-        quality.table({"a": one, "b": replace(one, samples=50)})
+        table({"a": one, "b": replace(one, samples=50)})
 
 
 def test_the_feature_network_is_trained_once_and_again_for_other_data(
