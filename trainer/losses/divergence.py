@@ -43,5 +43,9 @@ def _full(x: Tensor) -> Tensor:
     """float32 at least; the gradient of a float16 input saturates, where e^12 / 2 would already be infinite."""
     full = x if x.dtype == torch.float64 else x.float()
     if x.dtype == torch.float16 and full.requires_grad:
-        full.register_hook(lambda gradient: gradient.clamp(-LARGEST_HALF, LARGEST_HALF))
+        full.register_hook(_saturate)  # type: ignore[no-untyped-call]
     return full
+
+
+def _saturate(gradient: Tensor) -> Tensor:
+    return gradient.clamp(-LARGEST_HALF, LARGEST_HALF)

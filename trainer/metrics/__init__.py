@@ -1,5 +1,5 @@
 """What a model is worth, measured: streaming, in float64, over any split and number of ranks (README.md)."""
 
-from trainer.metrics.psnr import psnr
+from trainer.metrics.distortion import psnr
 
 __all__ = ["psnr"]

@@ -1,4 +1,4 @@
-"""Peak signal-to-noise ratio."""
+"""How far a reconstruction is from its image: peak signal-to-noise ratio."""
 
 import torch
 from torch import Tensor
