@@ -1,0 +1,102 @@
+"""A launcher that started fewer processes than it was asked for is found and refused."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.parallel import launcher
+
+ROOT = Path(__file__).resolve().parents[2]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+
+
+@pytest.fixture(autouse=True)
+def nobody_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def write_config(folder: Path) -> Path:
+    path = folder / "vae.yaml"
+    path.write_text(
+        f"run: {folder}/run\nimages: 64\nbatch: 16\n"
+        f"data: {{kind: shards, path: {folder}/data, size: 8, channels: 1}}\nmethod: {{kind: vae}}\n"
+    )
+    return path
+
+
+def test_accelerate_launch_that_starts_one_of_two_is_refused_in_one_line(tmp_path: Path) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing of it."""
+    command = [*ACCELERATE, "launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no", "-m", "trainer"]
+    process = subprocess.Popen(
+        [*command, str(write_config(tmp_path))],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HF_HOME": str(tmp_path)},
+    )
+    try:
+        _, said = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    (line,) = [line for line in said.splitlines() if line.startswith("tandem: error:")]
+    assert "2 processes were asked for by accelerate launch --num_processes, 1 came up" in line
+    assert "--processes 2" in line and "torchrun --nproc-per-node 2" in line
+    # accelerate reports the trainer's exit code in its own words, and ends with its own
+    assert "returned non-zero exit status 2" in said
+    assert process.returncode != 0
+    assert not (tmp_path / "run").exists()
+
+
+def parent(monkeypatch: pytest.MonkeyPatch, *argv: str) -> None:
+    monkeypatch.setattr(launcher, "_command_line", lambda pid: list(argv))
+
+
+def test_a_multi_cpu_config_file_says_how_many_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cpu.yaml"
+    path.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 3\nuse_cpu: true\n"
+    )
+    parent(monkeypatch, "python", "/bin/accelerate", "launch", "--config_file", str(path), "-m", "trainer", "c.yaml")
+    assert launcher.asked_processes() == (3, f"num_processes in {path}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "asked"),
+    [
+        (["python", "/venv/bin/accelerate", "launch", "--num_processes", "4", "-m", "trainer", "c.yaml"], 4),
+        (["python", "/venv/bin/accelerate", "launch", "--num_processes=4", "-m", "trainer", "c.yaml"], 4),
+        (["python", "-m", "accelerate.commands.launch", "--num_processes", "2", "-m", "trainer", "c.yaml"], 2),
+        (["python", "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "c.py"], 2),
+    ],
+)
+def test_every_way_to_call_accelerate_is_read(monkeypatch: pytest.MonkeyPatch, argv: list[str], asked: int) -> None:
+    parent(monkeypatch, *argv)
+    assert launcher.asked_processes() == (asked, "accelerate launch --num_processes")
+
+
+@pytest.mark.parametrize("argv", [[], ["bash"], ["python", "-m", "pytest"], ["tandem", "train", "launch.yaml"]])
+def test_a_parent_that_is_no_launcher_asked_for_nothing(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
+    parent(monkeypatch, *argv)
+    assert launcher.asked_processes() is None
+
+
+def test_torchrun_says_it_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert launcher.asked_processes() == (8, "WORLD_SIZE")
+
+
+def test_srun_of_several_tasks_without_a_process_group_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent(monkeypatch, "slurmstepd: [12.0]")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert launcher.asked_processes() == (4, "srun (SLURM_STEP_NUM_TASKS)")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert launcher.asked_processes() is None
