@@ -101,9 +101,13 @@ def build(parameters: list[nn.Parameter], optim: NetworkOptim) -> torch.optim.Op
     """torch's fused optimiser, which can skip a non-finite update on the device (found_inf) without waiting for it."""
     config = optim.config
     if config.algorithm == "sgd":
-        return torch.optim.SGD(
+        found = torch.optim.SGD(
             parameters, lr=optim.lr, momentum=optim.betas[0], weight_decay=config.weight_decay, fused=True
         )
+        if optim.betas[0] > 0:  # torch leaves the momentum uninitialised when found_inf skips the very first update
+            for parameter in parameters:
+                found.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        return found
     kind = torch.optim.Adam if config.algorithm == "adam" else torch.optim.AdamW
     return kind(
         parameters, lr=optim.lr, betas=optim.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True

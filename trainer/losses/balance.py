@@ -58,13 +58,14 @@ class Balance:
 
     def ratio(self, group: str, *, like: Tensor) -> Tensor:
         """Factor of a group's gradient, a float32 scalar on the device of `like`: 0 until both norms were measured
-        once."""
+        once, and were finite."""
         if not self.active:
             return torch.ones((), device=like.device)
         if group not in self.norms or self.REFERENCE not in self.norms:
             return torch.zeros((), device=like.device)
         offset = self.OFFSET if self.config.kind == "last_layer" else 1e-12
-        return (self.norms[self.REFERENCE] / (self.norms[group] + offset)).clamp(0.0, self.config.ceiling)
+        ratio = self.norms[self.REFERENCE] / (self.norms[group] + offset)
+        return ratio.nan_to_num(nan=0.0, posinf=self.config.ceiling).clamp(0.0, self.config.ceiling)
 
     def observe(self, group: str, gradient: Tensor, features: Tensor | None) -> None:
         """gradient: of the group's loss at the reconstruction (B, P, H, W); features: input of the last convolution,
@@ -87,11 +88,11 @@ class Balance:
         self._now = {}
         for group, found in zip(groups, total.unbind(), strict=True):
             norm = found.norm() / world if self.config.kind == "last_layer" else found.sqrt() / world
-            old = self.norms.get(group)
-            kept = norm if old is None else self.config.smoothing * old + (1.0 - self.config.smoothing) * norm
-            # a non-finite gradient skips its update; it must not stay in the average
-            fallback = torch.zeros_like(norm) if old is None else old
-            self.norms[group] = torch.where(torch.isfinite(norm), kept, fallback)
+            # a non-finite gradient skips its update; it must not stay in the average, nor count as the first measure
+            old = self.norms.get(group, torch.full_like(norm, torch.nan))
+            smooth = self.config.smoothing * old + (1.0 - self.config.smoothing) * norm
+            kept = torch.where(torch.isfinite(old), smooth, norm)
+            self.norms[group] = torch.where(torch.isfinite(norm), kept, old)
 
     def export(self) -> dict[str, Tensor]:
         return {name: norm.detach().to("cpu", copy=True) for name, norm in self.norms.items()}
