@@ -4,7 +4,6 @@ Verifies shards against their index: sizes, sample counts, places, sha256; with 
 """
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
@@ -78,13 +77,12 @@ def check(dest: Path, split: str, *, deep: bool) -> tuple[list[str], str]:
 
 def _compare(index: "indices.Index", number: int) -> str | None:  # type: ignore[name-defined]  # noqa: F821
     """What of a shard is not as its index says."""
+    from trainer import durable
     from trainer.data import tar
 
     shard = index.shards[number]
     path = index.folder / shard.name
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else _digest(file)
-    if digest.hexdigest() == shard.sha256:
+    if durable.sha256(path) == shard.sha256:
         return None
     try:
         found = len({member.key for member in tar.scan(path)})
@@ -93,13 +91,6 @@ def _compare(index: "indices.Index", number: int) -> str | None:  # type: ignore
     if found != shard.samples:
         return f"expected {shard.samples} samples, found {found}"
     return "its bytes changed (another sha256 than in index.json)"
-
-
-def _digest(file):  # type: ignore[no-untyped-def]  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
 
 
 def _decode_all(index: "indices.Index", number: int) -> list[str]:  # type: ignore[name-defined]  # noqa: F821

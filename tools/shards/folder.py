@@ -103,7 +103,7 @@ def _inside(link: Path, root: Path) -> bool:
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sorting key: 1, 2, 10; numbers before text, upper case beside lower."""
     parts = re.findall(r"\d+|\D+", name)
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part.casefold()) for part in parts] + [(2, 0, name)]
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part.casefold()) for part in parts] + [(2, 0, name)]
 
 
 def hashed(seed: int, name: str) -> int:
@@ -130,8 +130,6 @@ def plan(
     if not splits["train"]:
         raise ValueError(f"{source}: leaves no image for training; lower --holdout, or name another --test-split")
     if not splits["test"]:
-        if holdout or test_split:
-            raise ValueError(f"{source}: {len(names)} images leave none for the test split; raise --holdout")
         del splits["test"]
     files = hashlib.sha256(repr(listing.images).encode("utf-8", "surrogateescape")).hexdigest()
     notes = {
@@ -150,7 +148,9 @@ def _splits(
     if test_split is None:
         # the hash of another stream than the order's, so that the split is no run of the order
         limit = holdout * 2**64
-        splits = {name: "test" if hashed(seed, f"holdout/{name}") < limit else "train" for name in names}
+        drawn = {name: hashed(seed, f"holdout/{name}") for name in names}
+        limit = max(limit, min(drawn.values()) + 1) if holdout and len(names) > 1 else limit  # at least one
+        splits = {name: "test" if value < limit else "train" for name, value in drawn.items()}
         return splits, {name: name for name in names}
     test = test_split.strip("/") + "/"
     if not any(name.startswith(test) for name in names):

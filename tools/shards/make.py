@@ -151,7 +151,7 @@ def _folder(options: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> int:
-    print(text)
+    print(text.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
     return 0
 
 

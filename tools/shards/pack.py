@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,7 +192,7 @@ def _pack_split(
 
 def _ordered(
     split: str, items: Sequence[Item], encode: Callable[[str, int, Item], Packed | LeftOut], *, start: int, workers: int
-) -> Iterator[tuple[int, Packed | LeftOut]]:
+) -> Generator[tuple[int, Packed | LeftOut], None, None]:
     """Results in the order of the items, a few ahead of the writer."""
     if workers < 2:
         yield from ((number, encode(split, number, items[number])) for number in range(start, len(items)))
@@ -291,7 +291,8 @@ def _judge(dest: Path, plan: Plan[Item], state: Mapping[str, Any], max_bad: floa
     if len(bad) > max_bad * total:
         raise ValueError(
             f"{dest}: {len(bad)} of {total} images ({len(bad) / total:.1%}) are bad, more than --max-bad {max_bad:g}"
-            f"{first}; {dest / UNFINISHED / 'state.json'} names them all; a higher --max-bad finishes the set without them"
+            f"{first}; "
+            f"{dest / UNFINISHED / 'state.json'} names them all; a higher --max-bad leaves them out"
         )
 
 

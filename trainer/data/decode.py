@@ -130,7 +130,9 @@ def _jpeg(data: bytes, channels: int | None) -> Pixels | None:
 def _png(data: bytes, channels: int | None) -> Pixels | None:
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33 or data[24] != 8 or data[25] not in (0, 2):
         return None  # 16 bit, palettes, alpha
-    if b"IDAT" not in data or re.search(rb"tRNS|eXIf|acTL", data[: data.index(b"IDAT")]) or b"eXIf" in data[-4096:]:
+    if b"IDAT" not in data or b"eXIf" in data:
+        return None
+    if re.search(rb"tRNS|acTL", data[: data.index(b"IDAT")]):  # both stand before the pixels (PNG, 3rd edition, 5.6)
         return None
     return _opencv(data, grey=data[25] == 0 and channels != 3)
 
