@@ -7,13 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from launch.local import launch
 from tools.shards.make import main as make
+from trainer.config import load
 from trainer.errors import boundary
+from trainer.pictures import write_png
 
 DATA = Path("data/fashion-mnist")
 CONFIG = Path("configs/vaegan_fashion.yaml")
-RUN = Path("runs/vaegan_fashion")
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +30,19 @@ def main(argv: list[str]) -> int:
     print(f"training {CONFIG} on two processes; watch it with: tensorboard --logdir runs", flush=True)
     code = launch("trainer.__main__", [str(CONFIG), *argv], processes=2)
     if code == 0:
-        print(f"demo done in {time.monotonic() - started:.0f} s; look at {RUN / 'pictures'}/*.png")
+        path = beside(["samples", "reconstructions"], folder=load(CONFIG, argv).run / "pictures")
+        print(f"demo done in {time.monotonic() - started:.0f} s; look at {path}")
     return code
+
+
+def beside(names: list[str], *, folder: Path) -> Path:
+    """The pictures of these names, side by side, as folder/demo.png."""
+    sheets = []
+    for name in names:
+        with Image.open(folder / f"{name}.png") as picture:
+            pixels = np.asarray(picture)
+        sheets.append(pixels if pixels.ndim == 3 else pixels[:, :, None])
+    return write_png(folder / "demo.png", np.concatenate(sheets, axis=1), overwrite=True)
 
 
 if __name__ == "__main__":
