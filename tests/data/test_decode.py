@@ -79,7 +79,7 @@ def test_grey_is_repeated_where_colour_is_asked_for() -> None:
 
 
 def test_colour_is_refused_where_grey_is_asked_for() -> None:
-    with pytest.raises(Undecodable, match="colour image where data.channels is 1"):
+    with pytest.raises(Undecodable, match=r"colour image where data\.channels is 1"):
         decode(saved(Image.fromarray(noise(4, 4)), "PNG"), "png", channels=1, max_pixels=LIMIT)
 
 
@@ -130,7 +130,7 @@ def test_16_bit_colour_is_reduced_and_noted() -> None:
 
 def test_a_float_image_needs_its_range() -> None:
     data = saved(Image.fromarray(np.linspace(-1, 2, 7, dtype=np.float32)[None]), "TIFF")
-    with pytest.raises(Undecodable, match="range of values"):
+    with pytest.raises(Undecodable, match=r"range of values"):
         careful(data)
     assert careful(data, float_range=(0, 1)).image[0, :, 0].tolist() == [0, 0, 0, 128, 255, 255, 255]
 
@@ -316,7 +316,7 @@ def dumped(array: np.ndarray, write: Callable[..., None] = npy_format.write_arra
     ],
 )  # fmt: skip
 def test_an_npy_of_anything_but_pixels_is_bad(array: np.ndarray) -> None:
-    with pytest.raises(Undecodable, match="no .npy file of uint8 pixels"):
+    with pytest.raises(Undecodable, match=r"no \.npy file of uint8 pixels"):
         decode(dumped(array), "npy", channels=None, max_pixels=LIMIT)
 
 

@@ -64,7 +64,7 @@ def test_a_window_holds_no_more_shards_than_asked(window: int) -> None:
 
 
 def test_positions_are_uniform_over_epochs() -> None:
-    # 4000 epochs of 8 samples: each cell has 500 expected; chi-square of 64 - 15 = 49 degrees of freedom, p = 1e-6 at 113
+    # 4000 epochs of 8: 500 expected in each cell; chi-square of 64 - 15 = 49 degrees of freedom, p = 1e-6 at 113
     order = Order([3, 5], seed=5, window=2)
     rows = order.take(0, 8 * 4000).reshape(4000, 8)
     counts = np.stack([np.bincount(rows[:, k], minlength=8) for k in range(8)])

@@ -59,17 +59,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
                        "split, chosen by seed and name (default: 0.1)")  # fmt: skip
     split.add_argument("--test-split", metavar="NAME", help="folder in SRC that is the test split; SRC/train, or else "
                        "all other folders, are the training split")  # fmt: skip
-    folder.add_argument("--format", choices=FORMATS, default="auto", help="auto: npy up to 64 pixels, else JPEG, as it "
-                        "is or of quality 95; png and webp are lossless (default: auto)")  # fmt: skip
+    folder.add_argument("--format", choices=FORMATS, default="auto", help="auto: npy up to 64 pixels, else JPEG, as "
+                        "it is or of quality 95; png and webp are lossless (default: auto)")  # fmt: skip
     folder.add_argument("--background", type=_colour, default=(255, 255, 255), metavar="R,G,B",
                         help="behind transparent pixels (default: white)")  # fmt: skip
     folder.add_argument("--range", type=_range, metavar="LOW,HIGH", help="values of float images that become black and "
                         "white; without it float images are left out")  # fmt: skip
     folder.add_argument("--max-bad", type=_share, default=0.01, metavar="SHARE", help="of images that may be left out "
                         "(default: 0.01)")  # fmt: skip
-    folder.add_argument("--max-megapixels", type=float, default=64.0, metavar="M", help="larger images are left out "
+    folder.add_argument("--max-megapixels", type=_positive, default=64.0, metavar="M", help="larger images are left out "
                         "before they are decoded (default: 64)")  # fmt: skip
-    folder.add_argument("--shard-mb", type=float, default=64.0, metavar="MB", help="size of a shard (default: 64)")
+    folder.add_argument("--shard-mb", type=_positive, default=64.0, metavar="MB", help="size of a shard (default: 64)")
     folder.add_argument("--seed", type=int, default=0, help="of the order and of the holdout (default: 0)")
     folder.add_argument("--workers", type=_count, default=min(8, os.cpu_count() or 1), metavar="N", help="threads that "
                         "decode and encode (default: the cores, 8 at most)")  # fmt: skip
@@ -97,6 +97,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to below 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
@@ -141,7 +148,8 @@ def _fashion(options: argparse.Namespace) -> int:
             options.dest, plan, fashion.Encode(arrays), shard_bytes=fashion.SHARD_BYTES, workers=1, max_bad=0.0,
             advance=advance,
         )  # fmt: skip
-    return _say(f"{options.dest}: 60,000 training and 10,000 test images, 28 x 28 grey, 10 classes")
+    train, test = (len(plan.splits[split]) for split in ("train", "test"))
+    return _say(f"{options.dest}: {train:,} training and {test:,} test images, 28 x 28 grey, 10 classes")
 
 
 def _folder(options: argparse.Namespace) -> int:

@@ -1,0 +1,508 @@
+"""`tandem data make folder`: any folder of images becomes shards, or says why not."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from webdataset import tariterators
+
+from tools.shards import check, folder, pack
+from tools.shards.make import main
+from trainer.data import ShardsConfig, Stream
+from trainer.data import index as indices
+from trainer.data.decode import decode
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def picture(path: Path, colour: object = (10, 200, 30), size: tuple[int, int] = (8, 8), **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mode = "L" if isinstance(colour, int) else "RGB"
+    Image.new(mode, size, colour).save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def noisy(path: Path, seed: int, size: tuple[int, int] = (80, 72), **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def make(source: Path, dest: Path, *options: str) -> int:
+    return main(["folder", str(source), str(dest), "--holdout", "0", *options])
+
+
+def samples(folder: Path) -> Iterator[dict[str, object]]:
+    """What webdataset's own reader sees. (`WebDataset(paths)` is the same, but leaves its files to the collector.)"""
+    for path in sorted(folder.glob("*.tar")):
+        with path.open("rb") as file:
+            members = tariterators.tar_file_expander([{"url": str(path), "stream": file}])
+            yield from tariterators.group_by_keys(members)
+
+
+def by_path(folder: Path) -> dict[str, dict[str, object]]:
+    return {json.loads(sample["json"])["path"]: sample for sample in samples(folder)}  # type: ignore[arg-type]
+
+
+def content(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "index.json").read_text())
+
+
+def every_byte(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ------------------------------------------------------------------ names, classes, links
+def test_dots_in_names_and_folders_make_no_sample_disappear(tmp_path: Path) -> None:
+    for name in ("a.b.png", "a.c.png", "train/v1.0/0001.png", "22.05.png"):
+        picture(tmp_path / "in" / name)
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    found = by_path(tmp_path / "out" / "train")
+    assert sorted(found) == ["22.05.png", "a.b.png", "a.c.png", "train/v1.0/0001.png"]
+    assert all("." not in str(sample["__key__"]) for sample in found.values())
+
+
+def test_classes_are_in_natural_order_and_hidden_folders_are_mentioned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("1", "2", "10", ".ipynb_checkpoints"):
+        picture(tmp_path / "in" / name / "x.png")
+    picture(tmp_path / "in" / "2" / ".hidden.png")
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    assert content(tmp_path / "out" / "train")["classes"] == ["1", "2", "10"]
+    labels = {path: int(sample["cls"]) for path, sample in by_path(tmp_path / "out" / "train").items()}  # type: ignore[call-overload]
+    assert labels == {"1/x.png": 0, "2/x.png": 1, "10/x.png": 2}
+    assert "skipped 2 hidden files and folders: .ipynb_checkpoints, 2/.hidden.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["b", "a10", "a9", "A1"], ["A1", "a9", "a10", "b"]),
+        (["100", "20", "3"], ["3", "20", "100"]),
+        (["²", "2", "x2", "x²"], ["2", "x2", "x²", "²"]),
+        (["01", "1", "001"], ["001", "01", "1"]),
+    ],
+)
+def test_the_natural_order_is_total(names: list[str], expected: list[str]) -> None:
+    assert sorted(names, key=folder.natural) == expected
+
+
+def test_the_same_name_twice_and_upper_case_extensions(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat/001.JPG", "dog/001.jpg", "dog/002.jpeg")):
+        picture(tmp_path / "in" / name, (80 * number, 0, 0), format="JPEG")
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    found = by_path(tmp_path / "out" / "train")
+    assert {path: sample["cls"] for path, sample in found.items()} == {
+        "cat/001.JPG": b"0", "dog/001.jpg": b"1", "dog/002.jpeg": b"1",
+    }  # fmt: skip
+    assert len({sample["__key__"] for sample in found.values()}) == 3
+
+
+def test_images_beside_the_class_folders_have_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "in" / "a" / "x.png")
+    picture(tmp_path / "in" / "top.png")
+    make(tmp_path / "in", tmp_path / "out")
+    assert "cls" not in by_path(tmp_path / "out" / "train")["top.png"]
+    assert "1 images lie beside the class folders" in capsys.readouterr().out
+
+
+def test_links_are_followed_inside_the_folder_only(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    picture(source / "a" / "x.png")
+    outside = picture(tmp_path / "secret.png")
+    (source / "a" / "inside.png").symlink_to("x.png")
+    (source / "a" / "outside.png").symlink_to(outside)
+    (source / "a" / "circle.png").symlink_to("circle.png")
+    (source / "a" / "nowhere.png").symlink_to("gone.png")
+    (source / "loop").symlink_to(source)
+    assert make(source, tmp_path / "out") == 0
+    assert sorted(by_path(tmp_path / "out" / "train")) == ["a/inside.png", "a/x.png"]
+    report = content(tmp_path / "out" / "train")["report"]
+    assert report["links"] == ["a/circle.png", "a/nowhere.png", "a/outside.png", "loop"]  # type: ignore[index]
+
+
+def test_a_name_that_is_no_utf8_is_packed(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "plain.png")
+    (tmp_path / "in" / "plain.png").rename(tmp_path / "in" / os.fsdecode(b"caf\xe9.png"))
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    (path,) = by_path(tmp_path / "out" / "train")
+    assert os.fsencode(path) == b"caf\xe9.png"
+
+
+def test_a_fifo_is_not_read(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "x.png")
+    os.mkfifo(tmp_path / "in" / "pipe.png")
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    assert list(by_path(tmp_path / "out" / "train")) == ["x.png"]
+
+
+# ------------------------------------------------------------------ pixels
+def test_small_images_are_stored_as_they_are_and_the_trainer_reads_them(tmp_path: Path) -> None:
+    for number in range(5):
+        noisy(tmp_path / "in" / f"{number}.png", number, size=(20, 16))
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    for path, sample in by_path(tmp_path / "out" / "train").items():
+        expected = np.asarray(Image.open(tmp_path / "in" / path))
+        assert np.array_equal(np.load(io.BytesIO(sample["npy"]), allow_pickle=False), expected)  # type: ignore[arg-type]
+    config = ShardsConfig(path=tmp_path / "out", size=(16, 20))
+    batch = Stream(config, split="train", batch=5, rank=0, world=1, seed=0).first(5)
+    assert batch.image.shape == (5, 16, 20, 3)
+
+
+def test_a_photograph_is_kept_byte_for_byte_unless_something_must_change(tmp_path: Path) -> None:
+    kept = noisy(tmp_path / "in" / "kept.jpg", 1, quality=83)
+    exif = Image.Exif()
+    exif[274] = 6
+    noisy(tmp_path / "in" / "turned.jpg", 2, quality=83, exif=exif)
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    found = by_path(tmp_path / "out" / "train")
+    assert found["kept.jpg"]["jpg"] == kept.read_bytes()
+    turned = found["turned.jpg"]["jpg"]
+    assert b"Exif" not in turned  # type: ignore[operator]
+    assert decode(turned, "jpg", channels=3, max_pixels=10**6).shape == (80, 72, 3)  # type: ignore[arg-type]
+    assert content(tmp_path / "out" / "train")["report"]["converted"] == {"turned as EXIF says": 1}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("form", "field"), [("png", "png"), ("webp", "webp"), ("npy", "npy")])
+def test_lossless_formats_keep_every_pixel(tmp_path: Path, form: str, field: str) -> None:
+    noisy(tmp_path / "in" / "x.png", 3)
+    assert make(tmp_path / "in", tmp_path / "out", "--format", form) == 0
+    data = by_path(tmp_path / "out" / "train")["x.png"][field]
+    found = decode(data, field, channels=3, max_pixels=10**6)  # type: ignore[arg-type]
+    assert np.array_equal(found, np.asarray(Image.open(tmp_path / "in" / "x.png")))
+
+
+def test_size_makes_the_set_uniform_and_without_it_the_trainer_refuses(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "wide.png", size=(40, 20))
+    picture(tmp_path / "in" / "high.png", size=(16, 30))
+    make(tmp_path / "in", tmp_path / "as_is")
+    make(tmp_path / "in", tmp_path / "sized", "--size", "12x10")
+    assert content(tmp_path / "as_is" / "train")["image"] == {
+        "height": [20, 30], "width": [16, 40], "channels": [3, 3], "fields": ["npy"],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="different sizes"):
+        Stream(ShardsConfig(path=tmp_path / "as_is", size=20), split="train", batch=1, rank=0, world=1, seed=0)
+    config = ShardsConfig(path=tmp_path / "sized", size=(12, 10))
+    assert Stream(config, split="train", batch=2, rank=0, world=1, seed=0).samples == 2
+
+
+def test_channels_can_be_forced(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "grey.png", 77)
+    picture(tmp_path / "in" / "red.png", (255, 0, 0))
+    make(tmp_path / "in", tmp_path / "mixed")
+    make(tmp_path / "in", tmp_path / "grey", "--channels", "1")
+    assert content(tmp_path / "mixed" / "train")["image"]["channels"] == [1, 3]  # type: ignore[index]
+    config = ShardsConfig(path=tmp_path / "grey", size=8, channels=1)
+    batch = Stream(config, split="train", batch=1, rank=0, world=1, seed=0).first(2)
+    assert sorted(batch.image[:, 0, 0, 0].tolist()) == [76, 77]  # 0.299 * 255
+    colour = ShardsConfig(path=tmp_path / "mixed", size=8, channels=3)
+    assert Stream(colour, split="train", batch=1, rank=0, world=1, seed=0).first(2).image.shape == (2, 8, 8, 3)
+
+
+def test_16_bit_is_reduced_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    ramp = (np.arange(256) * 257).astype(np.uint16)[None].repeat(4, 0)
+    Image.fromarray(ramp).save(tmp_path / "in" / "x.png")
+    make(tmp_path / "in", tmp_path / "out", "--format", "npy")
+    found = decode(by_path(tmp_path / "out" / "train")["x.png"]["npy"], "npy", channels=1, max_pixels=10**6)  # type: ignore[arg-type]
+    assert np.array_equal(found[0, :, 0], np.arange(256))
+    assert "1 images reduced from 16 to 8 bit" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ bad files
+def bad_folder(source: Path, good: int) -> Path:
+    for number in range(good):
+        picture(source / f"{number:03d}.png", (number, 0, 0))
+    whole = noisy(source / "cut.jpg", 1).read_bytes()
+    (source / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (source / "empty.png").touch()
+    (source / "text.png").write_text("this is no image\n" * 20)
+    Image.new("1", (20_000, 20_000)).save(source / "bomb.png")
+    return source
+
+
+def test_bad_images_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = bad_folder(tmp_path / "in", good=8)
+    assert make(source, tmp_path / "out", "--max-bad", "0.5", "--workers", "3") == 0
+    said = capsys.readouterr().out
+    assert "left out: train: bomb.png: has 20000 x 20000 pixels, at most 64,000,000 are allowed" in said
+    assert "left out: train: cut.jpg: cannot be decoded wholly (image file is truncated" in said
+    assert "left out: train: empty.png: is empty" in said
+    assert "left out: train: text.png: is no image of a known format" in said
+    assert len(by_path(tmp_path / "out" / "train")) == 8
+    assert len(content(tmp_path / "out" / "train")["report"]["left_out"]) == 4  # type: ignore[index]
+
+
+def test_too_many_bad_images_are_an_error_and_a_higher_share_finishes_the_set(tmp_path: Path) -> None:
+    source = bad_folder(tmp_path / "in", good=8)
+    with pytest.raises(ValueError, match=r"4 of 12 images \(33\.3%\) are bad, more than --max-bad 0\.01; the first: "):
+        make(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "train" / "index.json").exists()
+    with pytest.raises(ValueError, match="unfinished"):
+        indices.load(tmp_path / "out", "train")
+    assert make(source, tmp_path / "out", "--max-bad", "0.4") == 0
+    assert indices.load(tmp_path / "out", "train").samples == 8
+
+
+def test_a_folder_of_bad_images_only_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.png").write_text("no")
+    with pytest.raises(
+        ValueError, match=r"none of the 1 images of the train split can be used; the first: train: x\.png"
+    ):
+        make(tmp_path / "in", tmp_path / "out", "--max-bad", "0.99")
+
+
+@pytest.mark.parametrize("kind", ["empty", "no images", "missing", "file"])
+def test_a_source_without_images_is_an_error_and_makes_nothing(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "in"
+    if kind != "missing":
+        source.mkdir()
+    if kind == "no images":
+        (source / "notes.txt").write_text("x")
+    if kind == "file":
+        source = picture(tmp_path / "in" / "x.png")
+    match = {"missing": "does not exist", "file": "is no folder"}.get(kind, "holds no images")
+    with pytest.raises(ValueError, match=match):
+        make(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dest_inside_the_source_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "x.png")
+    with pytest.raises(ValueError, match="lies inside"):
+        make(tmp_path / "in", tmp_path / "in" / "out")
+
+
+# ------------------------------------------------------------------ splits and order
+def test_the_holdout_is_chosen_by_name_and_is_never_trained_on(tmp_path: Path) -> None:
+    for number in range(60):
+        picture(tmp_path / "in" / f"{number % 3}" / f"{number}.png", (number, 0, 0), size=(4, 4))
+    main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--holdout", "0.25"])
+    train, test = (set(by_path(tmp_path / "out" / split)) for split in ("train", "test"))
+    assert not train & test
+    assert len(train | test) == 60
+    assert 5 <= len(test) <= 26  # 15 expected, three standard deviations of 3.4
+    picture(tmp_path / "in" / "0" / "new.png", size=(4, 4))
+    main(["folder", str(tmp_path / "in"), str(tmp_path / "more"), "--holdout", "0.25"])
+    assert set(by_path(tmp_path / "more" / "test")) - {"0/new.png"} == test  # images do not change sides
+
+
+def test_a_small_folder_has_a_test_image_too(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(tmp_path / "in" / f"{number}.png")
+    main(["folder", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert [len(by_path(tmp_path / "out" / split)) for split in ("train", "test")] == [1, 1]
+
+
+def test_a_test_folder_shares_the_classes_of_the_training_folder(tmp_path: Path) -> None:
+    for name in ("train/1/a.png", "train/10/b.png", "val/10/c.png", "val/2/d.png"):
+        picture(tmp_path / "in" / name)
+    main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--test-split", "val"])
+    for split in ("train", "test"):
+        assert content(tmp_path / "out" / split)["classes"] == ["1", "2", "10"]
+    assert {p: s["cls"] for p, s in by_path(tmp_path / "out" / "test").items()} == {
+        "val/10/c.png": b"2", "val/2/d.png": b"1",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="--test-split gone names no folder"):
+        main(["folder", str(tmp_path / "in"), str(tmp_path / "x"), "--test-split", "gone"])
+
+
+def test_samples_are_shuffled_when_packed_and_the_seed_decides(tmp_path: Path) -> None:
+    for number in range(40):
+        picture(tmp_path / "in" / f"{number // 20}" / f"{number:02d}.png", size=(4, 4))
+    orders = []
+    for name, options in {"a": (), "b": ("--workers", "4"), "c": ("--seed", "1")}.items():
+        make(tmp_path / "in", tmp_path / name, *options)
+        orders.append([json.loads(s["json"])["path"] for s in samples(tmp_path / name / "train")])  # type: ignore[arg-type]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
+    assert 3 < sum(path.startswith("0/") for path in orders[0][:20]) < 17  # 10 of 20 expected, deviation 1.6
+
+
+# ------------------------------------------------------------------ interruption
+def test_a_finished_set_is_never_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "in" / "x.png")
+    make(tmp_path / "in", tmp_path / "out")
+    before = every_byte(tmp_path / "out")
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    assert "already complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nothing is overwritten"):
+        make(tmp_path / "in", tmp_path / "out", "--size", "4")
+    picture(tmp_path / "in" / "y.png")
+    with pytest.raises(ValueError, match="nothing is overwritten"):
+        make(tmp_path / "in", tmp_path / "out")
+    assert every_byte(tmp_path / "out") == before
+
+
+def test_a_folder_with_something_else_in_it_is_not_touched(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "x.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and not a set of shards"):
+        make(tmp_path / "in", tmp_path / "out")
+    assert every_byte(tmp_path / "out") == {"thesis.txt": b"years of work"}
+
+
+@pytest.mark.parametrize("calls", [1, 3, 11, 22])
+def test_an_interrupted_set_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    for number in range(24):
+        noisy(tmp_path / "in" / f"{number}.png", number, size=(16, 16))
+    (tmp_path / "in" / "bad.png").write_text("no")
+    options = ("--shard-mb", "0.01", "--max-bad", "0.1", "--workers", "1")
+    make(tmp_path / "in", tmp_path / "whole", *options)
+    real, count = folder.Encode._pack, iter(range(1, 1000))
+
+    def interrupted(self: folder.Encode, key: str, data: bytes, found: folder.Found) -> pack.Packed:
+        if next(count) == calls:
+            raise KeyboardInterrupt
+        return real(self, key, data, found)
+
+    monkeypatch.setattr(folder.Encode, "_pack", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "in", tmp_path / "out", *options)
+    monkeypatch.setattr(folder.Encode, "_pack", real)
+    with pytest.raises(ValueError, match=r"^data\.path: .* is unfinished; run the `tandem data make` command"):
+        indices.load(tmp_path / "out", "train")
+    with pytest.raises(ValueError, match="begun from other files or with other options"):
+        make(tmp_path / "in", tmp_path / "out", *options, "--seed", "5")
+    assert make(tmp_path / "in", tmp_path / "out", *options) == 0
+    assert every_byte(tmp_path / "out") == every_byte(tmp_path / "whole")
+    assert len(list((tmp_path / "out" / "train").glob("*.tar"))) > 3
+
+
+def test_a_killed_maker_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    for number in range(60):
+        noisy(tmp_path / "in" / f"{number}.png", number, size=(200, 200))
+    options = ["--holdout", "0", "--shard-mb", "0.3", "--workers", "2", "--format", "png"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.shards.make",
+        "folder",
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        *options,
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "out" / "train").glob("*.tar"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / "out" / indices.UNFINISHED).exists()
+    for dest in ("out", "whole"):
+        assert main(["folder", str(tmp_path / "in"), str(tmp_path / dest), *options]) == 0
+    assert every_byte(tmp_path / "out") == every_byte(tmp_path / "whole")
+
+
+def test_two_makers_do_not_work_on_one_set(tmp_path: Path) -> None:
+    plan = pack.Plan(splits={"train": [1]}, classes=(), options={})
+    with pack._workplace(tmp_path / "out", plan), pytest.raises(ValueError, match="another `tandem data make`"):
+        pack._workplace(tmp_path / "out", plan).__enter__()
+
+
+# ------------------------------------------------------------------ check
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    for number in range(12):
+        noisy(tmp_path / "in" / f"{number}.png", number, size=(16, 16))
+    make(tmp_path / "in", tmp_path / "out", "--shard-mb", "0.01")
+    return tmp_path / "out"
+
+
+def test_a_whole_set_passes(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([str(made)]) == 0
+    assert check.main([str(made), "--deep"]) == 0
+    said = capsys.readouterr().out
+    assert "12 samples in 4 shards" in said
+    assert "every image decodes" in said
+
+
+def test_a_cut_shard_is_named_with_what_was_expected_and_what_is_there(made: Path) -> None:
+    path = made / "train" / "train-00001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    pattern = rf"train-00001\.tar: expected 3 samples in {len(whole):,} bytes, found {len(whole) // 2:,} bytes"
+    for call in (lambda: check.main([str(made)]), lambda: indices.load(made, "train")):
+        with pytest.raises(ValueError, match=pattern):
+            call()
+
+
+def test_a_missing_shard_is_named(made: Path) -> None:
+    (made / "train" / "train-00002.tar").unlink()
+    with pytest.raises(ValueError, match=r"train-00002\.tar: is missing \(3 samples"):
+        check.main([str(made)])
+
+
+def test_a_changed_byte_is_found_and_every_damaged_shard_is_named(made: Path) -> None:
+    for number in (0, 3):
+        path = made / "train" / f"train-{number:05d}.tar"
+        data = bytearray(path.read_bytes())
+        data[700] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"train-00000\.tar: its bytes changed") as caught:
+        check.main([str(made)])
+    assert "train-00003.tar: its bytes changed" in str(caught.value)
+
+
+def test_offsets_of_another_set_are_refused(made: Path) -> None:
+    (made / "train" / "index.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"index\.npz: does not belong to index\.json"):
+        check.main([str(made)])
+
+
+def test_deep_checking_decodes_foreign_shards(tmp_path: Path) -> None:
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    with webdataset.TarWriter(str(tmp_path / "set" / "train" / "a.tar")) as writer:
+        writer.write({"__key__": "good", "npy": np.zeros((4, 4, 3), np.uint8)})
+        writer.write({"__key__": "evil", "npy": b"\x93NUMPY what"})
+    assert check.main([str(tmp_path / "set")]) == 0
+    with pytest.raises(ValueError, match=r"a\.tar: evil: is no \.npy"):
+        check.main([str(tmp_path / "set"), "--deep"])
+
+
+def test_checking_nothing_is_an_error(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(ValueError, match=r"tandem data make"):
+            check.main([str(path)])
+
+
+# ------------------------------------------------------------------ command line
+@pytest.mark.parametrize("words", [["make"], ["make", "fashion-mnist"], ["make", "folder"], ["check"]])
+def test_each_help_shows_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        (main if words[0] == "make" else check.main)([*words[1:], "--help"])
+    said = capsys.readouterr().out
+    assert left.value.code == 0
+    assert "example" in said
+    assert f"tandem data {' '.join(words)}" in said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--size", "0"], ["--size", "1x2x3"], ["--size", "big"], ["--holdout", "1"], ["--workers", "0"],
+        ["--max-bad", "-1"], ["--background", "1,2"], ["--background", "1,2,300"], ["--range", "1,0"],
+        ["--shard-mb", "0"], ["--max-megapixels", "-1"],
+    ],
+)  # fmt: skip
+def test_a_bad_option_is_named(tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["folder", str(tmp_path), str(tmp_path / "out"), *options])
+    assert left.value.code == 2
+    assert options[0] in capsys.readouterr().err
