@@ -127,6 +127,9 @@ def check(config: Config, *, world: int) -> dict[str, str]:
             ),
             "a checkpoint": _try_checkpoint(config, ranks, engines, run, train),
         }
+        hint = config.method.likelihood.hint(image.channels) if hasattr(config.method, "likelihood") else None
+        if hint is not None:
+            rows["hint"] = hint
         train.close()
         test.close()
         return rows

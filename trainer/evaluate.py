@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from trainer.build import image_shape
 from trainer.config import Config
-from trainer.data import Stream, to_device
+from trainer.data import Batch, Stream, to_device
 from trainer.kernels import noise
-from trainer.losses.reconstruction import bits_per_dim
+from trainer.losses.divergence import clamped_share
+from trainer.losses.reconstruction import bits_per_dim, dequantize
 from trainer.methods import Method
 from trainer.metrics import psnr
 from trainer.metrics.latent import ActiveUnits
@@ -32,8 +33,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over the test split, or its first `limit` images; {} for a method without an encoder. A collective.
 
-    psnr (dB): of reconstructions from the posterior mean, mean over images. nll, kl, nelbo (nats an image): of one
-    posterior sample, seed fixed. bits_per_dim: of the nelbo. active_units: Burda et al. 2016, threshold 0.01.
+    psnr (dB): of reconstructions from the posterior mean, mean over images. nll, kl, nelbo (nats an image): see `elbo`.
+    bits_per_dim/<likelihood>: of the nelbo, in the 8-bit scale. active_units: Burda et al. 2016, threshold 0.01.
+    clamped: share of log-variances at the clamp; an encoder that saturates nears 1.
     """
     if not hasattr(method, "encode"):
         return {}
@@ -43,11 +45,15 @@ def evaluate(
     for raw in islice(stream.evaluation(config.batch), steps):
         given = to_device(raw, device=ranks.device, flip=False, seed=SEED)
         weight = given.weight.double()
-        mean, _ = method.encode(networks, given.image)
-        values = {"psnr": psnr(method.decode(networks, mean), given.image), "count": torch.ones_like(weight)}
-        if hasattr(method, "elbo"):
-            draws = noise.normal(SEED, "evaluation", given.index, method.latent_size)
-            values["nll"], values["kl"] = method.elbo(networks, given.image, draws)
+        mean, logvar = method.encode(networks, given.image)
+        values = {
+            "psnr": psnr(method.decode(networks, mean), given.image),
+            "clamped": clamped_share(logvar),
+            "count": torch.ones_like(weight),
+        }
+        bound = elbo(method, networks, given)
+        if bound is not None:
+            values["nll"], values["kl"] = bound
         for name, value in values.items():
             total = (value.double() * weight).sum()
             sums[name] = sums[name] + total if name in sums else total
@@ -60,9 +66,23 @@ def evaluate(
     likelihood: Any = getattr(method, "likelihood", None)
     if likelihood is not None:
         found["nelbo"] = found["nll"] + found["kl"]
-        found["bits_per_dim"] = bits_per_dim(
-            found["nelbo"], dims=image_shape(config).dims, discrete=likelihood.discrete
-        )
+        bits = bits_per_dim(found["nelbo"], dims=image_shape(config).dims, discrete=likelihood.discrete)
+        found[f"bits_per_dim/{likelihood.kind}"] = bits  # figures of two likelihoods do not compare
     found["active_units"] = float(units.merged(ranks.sum).count())
     found["images"] = count
     return found
+
+
+@torch.no_grad()
+def elbo(method: Method, networks: Mapping[str, nn.Module], batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """(nll, kl) in nats an image, (B,) each, at one posterior sample; minus the ELBO is their sum. None without one.
+
+    A density sees images with noise of one level, without which its bits on 8-bit images have no bound (Theis et al.
+    2016). Noise and posterior sample depend on the sample's index in the split alone."""
+    if not hasattr(method, "elbo"):
+        return None
+    image = batch.image
+    if not method.likelihood.discrete:  # type: ignore[attr-defined]  # what has an ELBO has a likelihood
+        image = dequantize(image, noise.uniform(SEED, "dequantize", batch.index, tuple(image.shape[1:])))
+    nll, kl = method.elbo(networks, image, noise.normal(SEED, "evaluation", batch.index, method.latent_size))
+    return nll, kl

@@ -11,11 +11,9 @@ from trainer import build, checkpoint, config_yaml, show
 from trainer import config as configuration
 from trainer.config import Config
 from trainer.data import Batch
-from trainer.kernels import noise
+from trainer.evaluate import elbo
 from trainer.methods import Method
 from trainer.resume import match
-
-SEED = 0  # of posterior samples: two evaluations of one model agree exactly
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,9 @@ class Trained:
         """(rows * columns, H, W, C): walks on the sphere between prior draws (slerp)."""
         return show.interpolation(self.method, self.networks, rows=rows, columns=columns, seed=seed, device=self.device)
 
-    @torch.no_grad()
     def elbo(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """(nll, kl) in nats an image, (B,) each, at one posterior sample of fixed seed; None without a likelihood."""
-        if not hasattr(self.method, "elbo"):
-            return None
-        draws = noise.normal(SEED, "evaluation", batch.index, self.method.latent_size)
-        nll, kl = self.method.elbo(self.networks, batch.image, draws)
-        return nll, kl
+        return elbo(self.method, self.networks, batch)
 
 
 def load(run: Path, *, device: torch.device | None = None) -> Trained:

@@ -17,7 +17,7 @@ from trainer.speed import Speed
 from trainer.step import means, train_step
 from trainer.terminal import open_terminal
 
-SHOWN = ("psnr", "nelbo", "bits_per_dim")  # figures of the last line
+SHOWN = ("psnr", "nelbo")  # figures of the last line
 
 
 def train(config: Config) -> int:
