@@ -67,7 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         "white; without it float images are left out")  # fmt: skip
     folder.add_argument("--max-bad", type=_share, default=0.01, metavar="SHARE", help="of images that may be left out "
                         "(default: 0.01)")  # fmt: skip
-    folder.add_argument("--max-megapixels", type=_positive, default=64.0, metavar="M", help="larger images are left out "
+    folder.add_argument("--max-megapixels", type=_positive, default=64.0, metavar="M", help="larger ones are left out "
                         "before they are decoded (default: 64)")  # fmt: skip
     folder.add_argument("--shard-mb", type=_positive, default=64.0, metavar="MB", help="size of a shard (default: 64)")
     folder.add_argument("--seed", type=int, default=0, help="of the order and of the holdout (default: 0)")
