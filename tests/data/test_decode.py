@@ -300,6 +300,45 @@ def test_a_format_that_could_start_a_program_is_not_opened() -> None:
         careful(saved(Image.new("RGB", (4, 4)), "EPS"))
 
 
+FORMATS = {
+    "JPEG": {"quality": 90},
+    "PNG": {},
+    "WEBP": {"quality": 80},
+    "GIF": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "BMP": {},
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_damaged_bytes_give_pixels_or_a_reason_and_nothing_else(form: str, mode: str) -> None:
+    rng = np.random.default_rng(len(form))
+    whole = saved(
+        Image.fromarray(noise(24, 20)).convert("RGB" if (form, mode) == ("JPEG", "P") else mode), form, **FORMATS[form]
+    )  # type: ignore[arg-type]
+    reasons = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), rng.integers(1, 6)):
+            data[at] = rng.integers(0, 256)
+        hurt = bytes(data[: rng.integers(1, len(data))] if rng.random() < 0.3 else data)
+        try:
+            careful(hurt)
+        except Undecodable:
+            reasons += 1
+        for field in ("jpg", "png", "webp", "npy"):
+            shape(hurt, field)
+            try:
+                found = decode(hurt, field, channels=3, max_pixels=24 * 20)
+            except Undecodable as error:
+                assert "\n" not in str(error)
+            else:
+                assert found.dtype == np.uint8
+                assert found.shape[0] * found.shape[1] <= 24 * 20
+    assert reasons > 5
+
+
 # ------------------------------------------------------------------ npy, cls, json
 def dumped(array: np.ndarray, write: Callable[..., None] = npy_format.write_array) -> bytes:
     file = io.BytesIO()

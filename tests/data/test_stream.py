@@ -1,14 +1,18 @@
 """The stream is exact: the same global batches for any world size, any start, from memory or from the shards."""
 
+import io
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.lib import format as npy_format
+from PIL import Image
 
 from trainer.data import RawBatch, ShardsConfig, Stream
 from trainer.data.source import Evaluation, Training
@@ -189,6 +193,53 @@ def test_an_evaluation_gives_bad_samples_weight_0(damaged: Path, cache: int) -> 
 def test_too_many_bad_samples_stop_the_run_and_name_one(damaged: Path, cache: int) -> None:
     with pytest.raises(ValueError, match=r"00000[45]|000016.*samples are bad.*data\.max_bad_share"):
         list(islice(stream(damaged, batch=4, cache_mb=cache).batches(0), 10))
+
+
+# ------------------------------------------------------------------ memory and shards
+def test_memory_holds_what_the_shards_hold_whatever_the_layout(
+    tmp_path: Path, tar_of: Callable[..., Path], number_of: Callable[[object], list[int]]
+) -> None:
+    members = []
+    for number in range(60):
+        image = np.full((4, 5, 1), number, np.uint8)
+        image[0, 0], image[0, 1] = 0, number
+        file = io.BytesIO()
+        if number % 4 == 1:
+            field = "png"
+            Image.fromarray(image[..., 0]).save(file, "PNG")
+        else:  # two versions of the format, with and without the axis of channels
+            field = "npy"
+            shown = image[..., 0] if number % 4 == 2 else image
+            npy_format.write_array(file, shown, version=(2, 0) if number % 4 == 3 else (1, 0), allow_pickle=False)
+        members.append((f"{number:03d}.{field}", file.getvalue()))
+    tar_of(tmp_path / "train" / "a.tar", members[:1])
+    tar_of(tmp_path / "train" / "b.tar", members[1:])
+    for cache in (0, 64):
+        one = stream(tmp_path, batch=60, size=(4, 5), cache_mb=cache, readers=3)
+        assert one._reader.cached == (cache > 0)
+        batch = next(one.batches(0))
+        assert number_of(batch.image) == batch.index.tolist()
+        assert batch.image[:, 3, 4, 0].tolist() == batch.index.tolist()
+        one.close()
+
+
+def test_memory_is_used_up_to_its_limit_only(tmp_path: Path, write_set: Callable[..., Path]) -> None:
+    path = write_set(tmp_path, [4], shape=(512, 512, 1))  # 1 MiB exactly
+    assert stream(path, batch=1, size=512, cache_mb=1)._reader.cached
+    more = write_set(tmp_path / "more", [5], shape=(512, 512, 1))
+    assert not stream(more, batch=1, size=512, cache_mb=1)._reader.cached
+
+
+@pytest.mark.parametrize("cache", [0, 64])
+def test_a_shard_that_is_cut_after_the_check_is_an_error_and_no_bad_sample(
+    tmp_path: Path, write_set: Callable[..., Path], cache: int
+) -> None:
+    path = write_set(tmp_path, [5, 5])
+    one = stream(path, batch=10, cache_mb=cache, max_bad_share=1.0)
+    shard = path / "train" / "0001.tar"
+    shard.write_bytes(shard.read_bytes()[:1024])
+    with pytest.raises(ValueError, match=r"0001\.tar.* was cut short while it was read"):
+        next(one.batches(0))
 
 
 # ------------------------------------------------------------------ errors

@@ -265,6 +265,35 @@ def test_a_folder_of_bad_images_only_is_an_error(tmp_path: Path) -> None:
         make(tmp_path / "in", tmp_path / "out", "--max-bad", "0.99")
 
 
+def test_an_image_field_that_the_set_does_not_have_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "x.png")
+    make(tmp_path / "in", tmp_path / "out")
+    assert indices.load(tmp_path / "out", "train", image="npy").samples == 1
+    with pytest.raises(ValueError, match=r"^data\.image: png is no field of .*train \(found: npy\)"):
+        indices.load(tmp_path / "out", "train", image="png")
+
+
+def test_a_terminal_shows_a_bar_and_a_pipe_does_not(tmp_path: Path) -> None:
+    for number in range(3):
+        picture(tmp_path / "in" / f"{number}.png")
+    said = {}
+    for name in ("terminal", "pipe"):
+        here, there = os.openpty() if name == "terminal" else os.pipe()
+        end = there  # of the child; the other end is read
+        command = [sys.executable, "-m", "tools.shards.make", "folder", str(tmp_path / "in"), str(tmp_path / name)]
+        environment = {**os.environ, "TERM": "xterm"}
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=end, env=environment, check=True)
+        if name == "pipe":
+            os.close(end)
+        said[name] = os.read(here, 100_000).decode()
+        os.close(here)
+        if name == "terminal":
+            os.close(end)
+    assert "packing" in said["terminal"]
+    assert "3/3" in said["terminal"]
+    assert said["pipe"] == ""
+
+
 @pytest.mark.parametrize("kind", ["empty", "no images", "missing", "file"])
 def test_a_source_without_images_is_an_error_and_makes_nothing(tmp_path: Path, kind: str) -> None:
     source = tmp_path / "in"
@@ -358,7 +387,7 @@ def test_a_folder_with_something_else_in_it_is_not_touched(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("calls", [1, 3, 11, 22])
 def test_an_interrupted_set_goes_on_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], calls: int
 ) -> None:
     for number in range(24):
         noisy(tmp_path / "in" / f"{number}.png", number, size=(16, 16))
@@ -375,6 +404,7 @@ def test_an_interrupted_set_goes_on_to_the_same_bytes(
     monkeypatch.setattr(folder.Encode, "_pack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "in", tmp_path / "out", *options)
+    assert "interrupted; the same command goes on from here" in capsys.readouterr().err
     monkeypatch.setattr(folder.Encode, "_pack", real)
     with pytest.raises(ValueError, match=r"^data\.path: .* is unfinished; run the `tandem data make` command"):
         indices.load(tmp_path / "out", "train")

@@ -130,7 +130,11 @@ def _range(text: str) -> tuple[float, float]:
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    return _fashion(options) if options.kind == "fashion-mnist" else _folder(options)
+    try:
+        return _fashion(options) if options.kind == "fashion-mnist" else _folder(options)
+    except KeyboardInterrupt:
+        print(f"{options.dest}: interrupted; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 def _fashion(options: argparse.Namespace) -> int:

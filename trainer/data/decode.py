@@ -56,7 +56,7 @@ def shape(data: bytes, field: str) -> tuple[int, int, int] | None:
     """Height, width (as turned by EXIF), channels from the first bytes of an image; None where they do not say."""
     try:
         found = _header(data, field)
-        if found is not None and field.lower().endswith(("jpg", "jpeg")) and _EXIF in data[:65_536]:
+        if found is not None and field.lower().endswith(("jpg", "jpeg")) and _has_exif(data):
             turned = convert.orientation(data) >= 5  # 5 to 8 lie on their side (EXIF 2.3, tag 274)
             return (found[1], found[0], found[2]) if turned else found
     except Undecodable:
@@ -114,8 +114,12 @@ def npy_header(data: bytes) -> tuple[int, tuple[int, int, int]]:
     return end, (height, width, channels)
 
 
+def _has_exif(data: bytes) -> bool:
+    return data.find(_EXIF, 0, 65_536) >= 0
+
+
 def _jpeg(data: bytes, channels: int | None) -> Pixels | None:
-    if data[:2] != b"\xff\xd8" or _EXIF in data[:65_536]:
+    if data[:2] != b"\xff\xd8" or (_has_exif(data) and convert.orientation(data) != 1):
         return None
     try:
         colour = simplejpeg.decode_jpeg_header(data)[2].upper()

@@ -112,7 +112,10 @@ def load(path: Path, split: str, *, image: str = "auto") -> Index:
             f"make it with `tandem data make`"
         )
     if (folder / "index.json").exists():
-        return _read(folder)
+        found = _read(folder)
+        if image != "auto" and image not in found.fields:
+            raise ValueError(f"data.image: {image} is no field of {folder} (found: {', '.join(found.fields)})")
+        return found
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(
