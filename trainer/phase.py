@@ -54,27 +54,31 @@ class Run:
     def gradients(self, terms: Mapping[str, Term]) -> tuple[list[Tensor], list[Tensor]]:
         """(outputs, gradients) to hand over: of the mean over this rank's samples of the weighted sum of `terms`."""
         groups: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}  # of a group's first term, the one that reaches the reconstruction
         for name, term in terms.items():
             assert term.value.dtype == torch.float32, f"{self.phase}.{name} is not float32"
             group = term.group if term.group is not None and self.balance.active else ""
             loss = term.value.sum() * (term.weight / self.count)
             groups[group] = groups[group] + loss if group in groups else loss
+            weights.setdefault(group, term.weight if group else 1.0)
         leaves = list(self.leaves.values())
         total: list[Tensor | None] = [None] * len(leaves)
         for i, (group, loss) in enumerate(groups.items()):
             retain = i + 1 < len(groups)
             found = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=retain)
             if len(groups) > 1:
-                found = self._balanced(group, found)
+                found = self._balanced(group, found, weight=weights[group])
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)]
         pairs = [(out, g) for out, g in zip(self.outputs.values(), total, strict=True) if g is not None]
         return [out for out, _ in pairs], [g.to(out.dtype) for out, g in pairs]
 
-    def _balanced(self, group: str, found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    def _balanced(self, group: str, found: tuple[Tensor | None, ...], *, weight: float) -> tuple[Tensor | None, ...]:
         at = found[list(self.leaves).index("reconstruction")]
         assert at is not None, f"{self.phase}: group {group!r} does not reach the reconstruction"
         features = self.outputs.get("features")
-        self.balance.observe(group or Balance.REFERENCE, at, None if features is None else features.detach()[: len(at)])
+        seen = None if features is None else features.detach()[: len(at)]
+        # the norm of the loss itself: with its weight inside, the ratio would cancel the weight and its ramp
+        self.balance.observe(group or Balance.REFERENCE, at / weight, seen)
         if not group:
             return found
         ratio = self.balance.ratio(group, like=at)

@@ -103,8 +103,8 @@ class VAEGAN(VAE):
                 self.perceptual.distance(fakes[0], batch.image), weight=self.settings.perceptual_weight
             )
         level = progress.ramp(run.images, start=self.settings.adversarial_from, length=self.settings.adversarial_ramp)
-        if level > 0:
-            weight = level * self.settings.adversarial_weight
+        weight = level * self.settings.adversarial_weight
+        if weight > 0:
             at = self.critic.fool(run, batch.image, fakes)
             terms["adversarial"] = Term(at[0], weight=weight, group="adversarial")
             if len(at) > 1:
