@@ -138,9 +138,7 @@ def load_state(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict
             raise ValueError(f"optimizer state {key!r} belongs to no parameter of this network")
         like = by_name[name]
         device = "cpu" if kind == "step" and like.device.type == "cpu" else like.device
-        found.setdefault(name, {})[kind] = value.to(device=device, copy=True).contiguous(
-            memory_format=torch.preserve_format
-        )
+        found.setdefault(name, {})[kind] = value.to(device=device, copy=True)
     if found and len(found) != len(by_name):
         missing = sorted(set(by_name) - set(found))
         raise ValueError(f"optimizer state is missing for {len(missing)} parameters, the first is {missing[0]!r}")
