@@ -198,6 +198,15 @@ def test_size_makes_the_set_uniform_and_without_it_the_trainer_refuses(tmp_path:
     assert Stream(config, split="train", batch=2, rank=0, world=1, seed=0).samples == 2
 
 
+def test_sizes_are_recorded_over_all_shards(tmp_path: Path) -> None:
+    for number in range(6):
+        picture(tmp_path / "in" / f"{number}.png", size=(10 + number, 20 - number))
+    make(tmp_path / "in", tmp_path / "out", "--shard-mb", "0.001")
+    found = indices.load(tmp_path / "out", "train")
+    assert len(found.shards) == 6
+    assert (found.height, found.width) == ((15, 20), (10, 15))
+
+
 def test_channels_can_be_forced(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "grey.png", 77)
     picture(tmp_path / "in" / "red.png", (255, 0, 0))
@@ -273,25 +282,20 @@ def test_an_image_field_that_the_set_does_not_have_is_refused(tmp_path: Path) ->
         indices.load(tmp_path / "out", "train", image="png")
 
 
-def test_a_terminal_shows_a_bar_and_a_pipe_does_not(tmp_path: Path) -> None:
+def test_a_terminal_shows_a_bar_and_a_pipe_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         picture(tmp_path / "in" / f"{number}.png")
-    said = {}
-    for name in ("terminal", "pipe"):
-        here, there = os.openpty() if name == "terminal" else os.pipe()
-        end = there  # of the child; the other end is read
-        command = [sys.executable, "-m", "tools.shards.make", "folder", str(tmp_path / "in"), str(tmp_path / name)]
-        environment = {**os.environ, "TERM": "xterm"}
-        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=end, env=environment, check=True)
-        if name == "pipe":
-            os.close(end)
-        said[name] = os.read(here, 100_000).decode()
-        os.close(here)
-        if name == "terminal":
-            os.close(end)
-    assert "packing" in said["terminal"]
-    assert "3/3" in said["terminal"]
-    assert said["pipe"] == ""
+    make(tmp_path / "in", tmp_path / "piped")
+    assert capsys.readouterr().err == ""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "tools.shards.make", "folder", str(tmp_path / "in"), str(tmp_path / "shown")]
+    environment = {**os.environ, "TERM": "xterm"}
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs, env=environment, check=True)
+    said = os.read(ours, 100_000).decode()
+    os.close(ours)
+    os.close(theirs)
+    assert "packing" in said
+    assert "3/3" in said
 
 
 @pytest.mark.parametrize("kind", ["empty", "no images", "missing", "file"])

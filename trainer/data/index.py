@@ -112,10 +112,10 @@ def load(path: Path, split: str, *, image: str = "auto") -> Index:
             f"make it with `tandem data make`"
         )
     if (folder / "index.json").exists():
-        found = _read(folder)
-        if image != "auto" and image not in found.fields:
-            raise ValueError(f"data.image: {image} is no field of {folder} (found: {', '.join(found.fields)})")
-        return found
+        index = _read(folder)
+        if image != "auto" and image not in index.fields:
+            raise ValueError(f"data.image: {image} is no field of {folder} (found: {', '.join(index.fields)})")
+        return index
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(
