@@ -3,7 +3,7 @@
 The references get this wrong in ways that still train; each such mistake is a test of its name at the end.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,18 +13,9 @@ from torch import Tensor, nn
 from tests.parallel.cases import BATCH, Small, global_batch, make_config, small
 from trainer.losses import adversarial
 from trainer.losses.balance import Term
-from trainer.parallel.config import DDPConfig
-from trainer.parallel.ranks import Ranks, start
+from trainer.parallel.ranks import Ranks
 
 IMAGES = 8 * BATCH  # every schedule of tests/parallel/cases.py has begun, and a lazy penalty is due
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    found = start(DDPConfig())
-    assert found.world == 1
-    yield found
-    found.close()
 
 
 CONV = {"kind": "conv", "width": 8, "multipliers": [1, 2], "latent": 4}

@@ -1,0 +1,137 @@
+"""Penalties as the methods apply them: their arithmetic, and the factor of a lazy interval."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.methods.test_reach import hand_over
+from tests.parallel.cases import BATCH, SIZE, Small, global_batch, make_config, small
+from trainer.losses.balance import Term
+from trainer.parallel.ranks import Ranks
+
+GAMMA, LAZY = 10.0, 4
+
+
+class Linear(nn.Module):
+    """D(x) = w.x over the flattened image, |w| = 3, whatever the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        w = torch.arange(1.0, SIZE * SIZE + 1)
+        self.w = nn.Parameter(3.0 * w / w.norm())
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.flatten(1) @ self.w
+
+
+def game(ranks: Ranks, critic: dict[str, Any], *, accumulate: int = 1) -> Small:
+    tree = {
+        "kind": "gan",
+        "generator": {"kind": "conv", "width": 8, "multipliers": [1, 2], "latent": 4},
+        "discriminator": {"kind": "global", "width": 8, "multipliers": [1]},  # `Linear` takes its place
+        "critic": critic,
+    }
+    return small(make_config(tree, "sgd", accumulate, 1), ranks, networks={"discriminator": Linear()})
+
+
+def terms_at(made: Small, update: int) -> dict[str, Term]:
+    batch = global_batch(update)
+    made.run.end()
+    images = update * BATCH
+    made.run.begin("discriminator", batch, images=images, last=True, share=True, count=len(batch.image))
+    found: dict[str, Term] = made.method.discriminator(batch, made.run)  # type: ignore[attr-defined]
+    return found
+
+
+def test_r1_and_r2_are_gamma_half_times_the_squared_norm(ranks: Ranks) -> None:
+    made = game(ranks, {"loss": "relativistic", "r1": GAMMA, "r2": GAMMA})
+    terms = terms_at(made, 0)
+    w = made.engines["discriminator"].network.w.detach()
+    for name in ("r1", "r2"):
+        assert terms[name].value.tolist() == pytest.approx(BATCH * [9.0], rel=1e-6)
+        assert terms[name].weight * float(terms[name].value.detach().mean()) == pytest.approx(45.0, rel=1e-6)
+        gradient = hand_over(made, "discriminator", {name: terms_at(made, 0)[name]})["discriminator"]["w"]
+        assert torch.allclose(gradient, GAMMA * w, rtol=1e-5)  # d(gamma / 2 |w|^2) / dw
+
+
+def test_the_two_sided_wasserstein_penalty_is_lambda_times_the_squared_distance_to_one(ranks: Ranks) -> None:
+    made = game(ranks, {"loss": "wasserstein", "gradient_penalty": GAMMA})
+    term = terms_at(made, 0)["gradient_penalty"]
+    assert term.value.tolist() == pytest.approx(BATCH * [4.0], rel=1e-5)
+    assert term.weight == GAMMA
+
+
+@pytest.mark.parametrize(
+    ("name", "critic"),
+    [
+        ("r1", {"loss": "hinge", "r1": GAMMA}),
+        ("r2", {"loss": "relativistic", "r2": GAMMA}),
+        ("gradient_penalty", {"loss": "wasserstein", "gradient_penalty": GAMMA}),
+    ],
+)
+def test_a_lazy_penalty_comes_every_kth_update_k_times_as_large_and_is_logged_as_it_is(
+    ranks: Ranks, name: str, critic: dict[str, Any]
+) -> None:
+    always, lazy = game(ranks, critic), game(ranks, critic | {"penalty_interval": LAZY * BATCH})
+    came = []
+    for update in range(2 * LAZY):
+        terms = terms_at(lazy, update)
+        came.append(name in terms)
+        assert "adversarial" in terms
+        if name not in terms:
+            continue
+        each = terms_at(always, update)
+        assert torch.equal(terms[name].value, each[name].value)
+        assert terms[name].weight == LAZY * each[name].weight
+        applied = hand_over(lazy, "discriminator", {name: terms_at(lazy, update)[name]})["discriminator"]["w"]
+        expected = hand_over(always, "discriminator", {name: terms_at(always, update)[name]})["discriminator"]["w"]
+        assert torch.allclose(applied, LAZY * expected, rtol=1e-6)
+    assert came == 2 * ([True] + (LAZY - 1) * [False])
+    for made in (always, lazy):
+        made.run.kept.clear()
+        made.update(0)
+    (logged,), (plain,) = (made.run.kept[f"loss/discriminator/{name}"] for made in (lazy, always))
+    assert torch.equal(logged, plain)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_lazy_penalty_counts_images_not_micro_batches(ranks: Ranks, accumulate: int) -> None:
+    made = game(ranks, {"loss": "hinge", "r1": GAMMA, "penalty_interval": LAZY * BATCH}, accumulate=accumulate)
+    came = []
+    for update in range(2 * LAZY):
+        made.run.kept.clear()
+        made.update(update)
+        came.append(len(made.run.kept.get("loss/discriminator/r1", [])))
+    assert came == 2 * ([accumulate] + (LAZY - 1) * [0])
+
+
+@pytest.mark.parametrize("interval", [BATCH - 1, BATCH + 8, 1])
+def test_an_interval_that_is_no_multiple_of_the_batch_is_refused_with_the_nearest(ranks: Ranks, interval: int) -> None:
+    nearest = max(1, round(interval / BATCH)) * BATCH
+    with pytest.raises(
+        ValueError, match=f"critic.penalty_interval: {interval} images .* batch of 16; nearest: {nearest}"
+    ):
+        game(ranks, {"loss": "hinge", "r1": 1.0, "penalty_interval": interval})
+
+
+def test_augmentation_changes_real_and_fake_of_a_position_alike_and_in_both_phases(ranks: Ranks) -> None:
+    made = game(ranks, {"loss": "hinge", "augment": ["color", "translation", "cutout"]})
+    critic = made.method.critic  # type: ignore[attr-defined]
+    batch = global_batch(0)
+    made.run.begin("discriminator", batch, images=0, last=True, share=True, count=BATCH)
+    same = critic.augmented(made.run, torch.cat([batch.image, batch.image]))
+    assert torch.equal(same[:BATCH], same[BATCH:])
+    assert not torch.equal(same[:BATCH], batch.image)
+    made.run.begin("generator", batch, images=0, last=True, share=True, count=BATCH)
+    assert torch.equal(critic.augmented(made.run, batch.image), same[:BATCH])
+
+
+def test_penalties_are_taken_at_the_images_before_augmentation(ranks: Ranks) -> None:
+    """Huang et al. 2024. Cutout takes a part of the image out of reach, so the norm there is smaller than |w| = 3."""
+    made = game(ranks, {"loss": "hinge", "r1": GAMMA, "augment": ["cutout"]})
+    values = terms_at(made, 0)["r1"].value
+    assert bool((values < 9.0).all())
+    assert math.isfinite(float(values.detach().sum()))
