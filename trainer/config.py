@@ -6,7 +6,9 @@ default < file < command line. File and command line are read by one parser and 
 the same in both: 1e-4 is a number, `on` is text, and nothing is converted behind your back.
 """
 
+import contextlib
 import dataclasses
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -166,9 +168,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def help_text(config: Config | None, *, program: str, usage: str) -> str:
     """Every key with its type, its meaning and the value that `config` gives it."""
     default = config if config is not None else tyro.MISSING
-    parser = tyro.extras.get_parser(Config, default=default, prog=program, config=(tyro.conf.AvoidSubcommands,))
-    text: str = parser.format_help()  # type: ignore[no-untyped-call]
-    return f"{usage}\n{config_errors.strip_usage(text)}"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        tyro.cli(Config, default=default, prog=program, args=["--help"], config=(tyro.conf.AvoidSubcommands,))
+    return f"{usage}\n{config_errors.strip_usage(printed.getvalue())}"
 
 
 def _adapter() -> "TypeAdapter[Config]":

@@ -31,8 +31,10 @@ def explain(error: ValidationError, root: type, *, source: str, overrides: dict[
 
 def _one(detail: Any, root: type, *, source: str, overrides: dict[str, str]) -> str:
     path = _without_tags(detail["loc"], root)
+    if detail["type"] == "value_error":  # a __post_init__, whose text begins with the field
+        path.append(str(detail["ctx"]["error"]).partition(":")[0])
     key = ".".join(path)
-    given = next((given for given in overrides if given == key or given.startswith(f"{key}.")), None)
+    given = next((given for given in overrides if f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.")), None)
     where = "command line" if given else source
     kind = detail["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -47,8 +49,7 @@ def _one(detail: Any, root: type, *, source: str, overrides: dict[str, str]) -> 
         hint = f"; did you mean {close[0]}?" if close else ""
         return f"{where}: {key}.kind: no {tag!r} here, only {expected}{hint}"
     if kind == "value_error":
-        text = str(detail["ctx"]["error"])
-        return f"{where}: {key}.{text}" if key else f"{where}: {text}"
+        return f"{where}: {'.'.join([*path[:-1], str(detail['ctx']['error'])])}"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     value = detail["input"]
     shown = "" if isinstance(value, (dict, list)) else f", not {value!r}"

@@ -48,7 +48,11 @@ def read(path: Path) -> dict[str, Any]:
     """The mapping in a file. ValueError with file, line and column where it does not parse."""
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
-    return loads(path.read_text(encoding="utf-8"), source=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no UTF-8 text ({error.reason} at byte {error.start})") from None
+    return loads(text, source=str(path))
 
 
 def loads(text: str, *, source: str) -> dict[str, Any]:
