@@ -4,6 +4,7 @@ A phase computes its losses on leaves, copies of its network's outputs that are 
 reach a network that it should not reach, and the network is traversed backward once, however many losses were weighed.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -47,25 +48,28 @@ class Run:
         """Forgets what was shared: a phase that did not come must not leave its graph to the next update."""
         self._shared = {}
 
-    def autocast(self, *, enabled: bool = True) -> torch.autocast:
-        enabled = enabled and self.precision == "bf16"
+    def autocast(self, *, enabled: bool = True) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
         return torch.autocast(self.batch.image.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def gradients(self, terms: Mapping[str, Term]) -> tuple[list[Tensor], list[Tensor]]:
         """(outputs, gradients) to hand over: of the mean over this rank's samples of the weighted sum of `terms`."""
-        groups: dict[str, Tensor] = {}
+        groups: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         weights: dict[str, float] = {}  # of a group's first term, the one that reaches the reconstruction
         for name, term in terms.items():
             assert term.value.dtype == torch.float32, f"{self.phase}.{name} is not float32"
             group = term.group if term.group is not None and self.balance.active else ""
-            loss = term.value.sum() * (term.weight / self.count)
-            groups[group] = groups[group] + loss if group in groups else loss
+            values, shares = groups.setdefault(group, ([], []))
+            values.append(term.value)
+            shares.append(torch.full_like(term.value, term.weight / self.count, requires_grad=False))
             weights.setdefault(group, term.weight if group else 1.0)
         leaves = list(self.leaves.values())
         total: list[Tensor | None] = [None] * len(leaves)
-        for i, (group, loss) in enumerate(groups.items()):
+        for i, (group, (values, shares)) in enumerate(groups.items()):
             retain = i + 1 < len(groups)
-            found = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=retain)
+            # the gradient of the weighted sum, without taking the sum
+            found = torch.autograd.grad(values, leaves, shares, allow_unused=True, retain_graph=retain)
             if len(groups) > 1:
                 found = self._balanced(group, found, weight=weights[group])
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)]

@@ -182,3 +182,10 @@ def test_it_is_splitmix64() -> None:
     assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
     inputs = torch.tensor([0, 1, -1, 2**62, -(2**63), 0x1E3779B97F4A7C15])
     assert [value % 2**64 for value in noise._mix(inputs.clone()).tolist()] == [mix(x % 2**64) for x in inputs.tolist()]
+
+
+@given(seed=SEEDS, positions=POSITIONS, count=st.integers(1, 9))
+@settings(max_examples=50, deadline=None)
+def test_the_integers_of_the_cpu_are_those_of_any_other_device(seed: int, positions: list[int], count: int) -> None:
+    key, at = noise._key(seed, "latent"), torch.tensor(positions)
+    assert torch.equal(noise._bits_by_numpy(key, at, count), noise._bits_by_torch(key, at, count))

@@ -60,14 +60,13 @@ class Critic:
         r1, r2, gp = (now and weight > 0 for weight in (config.r1, config.r2, config.gradient_penalty))
 
         def judge(network: Any) -> dict[str, Tensor]:
-            true = real.detach().clone().requires_grad_(r1)
-            false = torch.cat(list(fakes)).detach().requires_grad_(r2)
-            logits = network(self.augmented(run, torch.cat([true, false])))
+            images = torch.cat([real, *fakes]).detach().requires_grad_(r1 or r2)
+            logits = network(self.augmented(run, images))
             out = {"real": logits[: len(real)], "fake": logits[len(real) :]}
-            if r1:
-                out["r1"] = penalties.r1(out["real"], true)
-            if r2:
-                out["r2"] = penalties.r2(out["fake"], false)
+            if r1 or r2:  # rows are independent: one pass gives R1 at the real ones and R2 at the others
+                squares = penalties.r1(logits if r1 and r2 else out["real" if r1 else "fake"], images)
+                out |= {"r1": squares[: len(real)]} if r1 else {}
+                out |= {"r2": squares[len(real) :]} if r2 else {}
             if gp:
                 mix = run.uniform("critic/mix")
                 out["gradient_penalty"] = penalties.wasserstein(network, real, fakes[0].detach(), mix)

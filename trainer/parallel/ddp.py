@@ -39,6 +39,8 @@ class DDPEngine:
         if average and optim.config.ema_half_life > 0:
             self.average = copy.deepcopy(network).requires_grad_(False).eval()
             self.averaged = list(self.average.parameters())
+            # walking the modules in every step costs as much as averaging the weights of a small network
+            self.buffered = next(network.buffers(), None) is not None
         if compiled:
             network.compile()  # in place: the names in a checkpoint stay those of the bare network
         self.network, self.optim, self.ranks = network, optim, ranks
@@ -64,10 +66,11 @@ class DDPEngine:
 
     @torch.no_grad()
     def step(self, images: int, *, batch: int) -> Applied:
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        finite = torch.isfinite(norm)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = _norm(gradients)
+        skipped = (norm - norm).nan_to_num_(nan=1.0)  # inf - inf and nan - nan are nan; anything finite gives 0
         # what torch's fused optimisers read from a GradScaler: a skipped update costs no wait for the device
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         if self.optim.clip is not None:
             self.optimizer.grad_scale = (norm / self.optim.clip).clamp_(min=1.0)  # type: ignore[attr-defined]
         self.optimizer.param_groups[0]["lr"] = self.optim.rate(images)
@@ -76,9 +79,9 @@ class DDPEngine:
         if self.average is not None:
             keep = self.optim.ema_decay(images, batch=batch)
             torch._foreach_lerp_(self.averaged, self.parameters, 1.0 - keep)
-            for mine, live in zip(self.average.buffers(), self.network.buffers(), strict=True):
-                mine.copy_(live)
-        return Applied(applied=finite.float(), norm=norm)
+            if self.buffered:
+                self._follow_buffers(self.average)
+        return Applied(applied=1.0 - skipped, norm=norm)
 
     def export(self) -> dict[str, dict[str, Tensor]]:
         self._settle_buffers()
@@ -106,8 +109,22 @@ class DDPEngine:
             else:
                 dist.broadcast(buffer, src=0)
         if self.average is not None:
-            for mine, live in zip(self.average.buffers(), self.network.buffers(), strict=True):
-                mine.copy_(live)
+            self._follow_buffers(self.average)
+
+    def _follow_buffers(self, average: nn.Module) -> None:
+        # looked up each time: wrapping, and some forwards, put new tensors in the place of the old ones
+        for mine, live in zip(average.buffers(), self.network.buffers(), strict=True):
+            mine.copy_(live)
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Norm of all gradients as one vector."""
+    if gradients[0].device.type == "cpu":  # has no foreach kernel for norms: one copy is faster than a call a tensor
+        parts = torch._C._nn.flatten_dense_tensors(gradients)
+    else:
+        parts = torch.stack(torch._foreach_norm(gradients))
+    norm: Tensor = torch.linalg.vector_norm(parts)
+    return norm
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
