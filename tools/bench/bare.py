@@ -1,7 +1,7 @@
-"""The same training in plain PyTorch: what somebody writes who wants speed and nothing else. The mark that Tandem is held to.
+"""The same training in plain PyTorch, as somebody writes it who wants speed and nothing else: the mark for Tandem.
 
-Fused Adam, channels_last, gradients set to None, moving average by one foreach, one forward of the generator a step, one
-backward for both penalties, no value read back, nothing logged. Noise is torch.randn.
+Fused Adam, channels_last, gradients set to None, moving average by one foreach, one forward of the generator a step,
+one backward for both penalties, no value read back, nothing logged. Noise is torch.randn.
 """
 
 import copy
@@ -162,13 +162,13 @@ class VAEGANLoop(_Adversarial):
         self.train_discriminator(image, fakes.detach(), backward)
         self.networks["discriminator"].requires_grad_(False)
         near, far = self.verdict(image, fakes).unbind()
-        adversarial = (near + self.settings.prior_weight * far) * (self.settings.adversarial_weight / len(image))
+        adversarial = (near + self.settings.prior_weight * far) / len(image)
         (push,) = torch.autograd.grad(adversarial, leaf)
         self.networks["discriminator"].requires_grad_(True)
         rows = len(image)
         (pull,) = torch.autograd.grad(_nll(leaf[:rows], image) / rows, leaf)
         smoothing = self.settings.balance.smoothing
-        gradient = pull.add(push * (self.pull / (self.push + 1e-12)))
+        gradient = pull.add(push * (self.settings.adversarial_weight * self.pull / (self.push + 1e-12)))
         self.pull = smoothing * self.pull + (1 - smoothing) * pull.norm()
         self.push = smoothing * self.push + (1 - smoothing) * push[:rows].norm()
         found = self.optimizers["autoencoder"]

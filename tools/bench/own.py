@@ -29,7 +29,7 @@ def from_shards(stream: Stream, config: Config) -> Iterator[RawBatch]:
 
 
 def steps_of(config: Config, ranks: Ranks, batches: Iterator[RawBatch]) -> Callable[[int], None]:
-    """A function that takes `count` updates as trainer/loop.py does: to the device, step, means of the notes when due."""
+    """A function that takes `count` updates as trainer/loop.py does: to the device, step, means of notes when due."""
     method = build.build_method(config, device=ranks.device)
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
     run = Run(engines, seed=config.seed, balance=method.balance)

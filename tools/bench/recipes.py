@@ -1,4 +1,4 @@
-"""What is measured: networks and losses of the Fashion-MNIST demo, pinned here so that figures of different days compare."""
+"""What is measured: networks and losses of the Fashion-MNIST demo, pinned so that figures of different days compare."""
 
 import json
 from pathlib import Path

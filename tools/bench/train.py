@@ -4,8 +4,8 @@
     python -m tools.bench.train --models vae-small,vaegan --seconds 2 --rounds 9 --out bench.json
     python -m tools.bench.train --models vae-small --peers accelerate,lightning,pythae
 
-Images per CPU-second of one thread. All variants of a model take their turns in one process, forth and back in every
-round, and a ratio compares within its round: whoever else uses the machine slows all of them alike.
+Images per CPU-second of one thread. All variants of a model take short turns in one process, forth and back, and
+a ratio compares within its round: whoever else uses the machine slows all of them alike.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from trainer.parallel.config import DDPConfig
 from trainer.parallel.ranks import Ranks, start
 
 PEERS = ("accelerate", "lightning", "pythae")
+TURN = 0.1
 Steps = Callable[[int], None]
 
 
@@ -48,8 +49,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--peers", type=_names(PEERS), default=[], metavar="A,B", help=f"of {','.join(PEERS)}: those that are installed"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="CPU-seconds of one turn of one variant (default: 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="each: all variants forth, then back (default: 7)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="CPU-seconds of a variant in a round (default: 2)")
+    parser.add_argument("--rounds", type=int, default=7, help="each gives one ratio a variant (default: 7)")
     parser.add_argument("--data", type=Path, default=Path("data/fashion-mnist"), help="shards of 28 x 28 grey images")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON too")
     return parser.parse_args(argv)
@@ -73,18 +74,31 @@ def variants(config: Config, pixels: Tensor, stream: Stream, ranks: Ranks, peers
     return found
 
 
-def measure(found: Mapping[str, Steps], *, count: int, rounds: int) -> dict[str, list[float]]:
-    """CPU-seconds an update of each variant, one figure a round (the mean of forth and back)."""
+def measure(found: Mapping[str, Steps], *, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """CPU-seconds an update of each variant, one figure a round of about `seconds` a variant.
+
+    A turn is a whole number of penalty periods, of at least TURN seconds, so that caches are warm for most of it."""
+    for steps in found.values():
+        steps(PERIOD)  # first calls choose algorithms and allocate
+    period = _spend(found["bare"], PERIOD)
+    count = PERIOD * max(1, round(TURN / period))
+    turns = max(1, round(seconds / (2 * period * count / PERIOD)))
     costs: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
         spent = dict.fromkeys(found, 0.0)
-        for name in (*found, *reversed(found)):
-            since = time.process_time()
-            found[name](count)
-            spent[name] += time.process_time() - since
-        for name, seconds in spent.items():
-            costs[name].append(seconds / (2 * count))
+        for _ in range(turns):
+            for name in (*found, *reversed(found)):
+                spent[name] += _spend(found[name], count)
+        for name, cost in spent.items():
+            costs[name].append(cost / (2 * turns * count))
     return costs
+
+
+def _spend(steps: Steps, count: int) -> float:
+    """CPU-seconds of this process, all threads."""
+    since = time.process_time()
+    steps(count)
+    return time.process_time() - since
 
 
 def table(model: str, batch: int, costs: Mapping[str, list[float]]) -> list[dict[str, Any]]:
@@ -131,23 +145,14 @@ def main(argv: list[str]) -> int:
             pixels = torch.cat([part.image[part.weight > 0] for part in raw])
         torch.manual_seed(config.seed)
         found = variants(config, pixels, stream, ranks, given.peers)
-        for steps in found.values():
-            steps(PERIOD)  # first calls choose algorithms and allocate
-        count = _updates(found["bare"], given.seconds)
-        rows += table(model, config.batch, measure(found, count=count, rounds=given.rounds))
+        costs = measure(found, seconds=given.seconds, rounds=given.rounds)
+        rows += table(model, config.batch, costs)
         describe([row for row in rows if row["model"] == model])
         stream.close()
     if given.out is not None:
         given.out.write_text(json.dumps({**_where(argv), "rows": rows}, indent=1) + "\n")
         print(f"\nwritten: {given.out}")
     return 0
-
-
-def _updates(steps: Steps, seconds: float) -> int:
-    """Updates of about `seconds`, a multiple of the period of the penalties."""
-    since = time.process_time()
-    steps(PERIOD)
-    return PERIOD * max(1, round(seconds / (time.process_time() - since)))
 
 
 def _spread(values: list[float]) -> dict[str, float]:
