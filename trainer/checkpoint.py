@@ -8,10 +8,9 @@
         KEEP                                 there if retention must leave it alone (`mark`, or `touch` by hand)
 
 A checkpoint is written into a hidden folder beside its final place, every file is flushed to the disk, the folder is
-renamed, and the parent is flushed: a kill at any moment leaves the older checkpoints and at most a hidden folder, which
-`choose` removes.
-A folder that is not used any more but may matter is renamed, never deleted: `.damaged` (its digests do not match) or
-`.superseded` (the run was resumed from an older one by name).
+renamed, and the parent is flushed: a kill at any moment leaves the older checkpoints and at most a hidden folder,
+which `choose` removes. A folder that is not used any more but may matter is renamed, never deleted: `.damaged` (its
+digests do not match) or `.superseded` (the run was resumed from an older one by name).
 
 One process writes (rank 0, inside a RunLock); every rank may load. `choose` and `retain` rename: rank 0 too.
 """

@@ -18,8 +18,7 @@ class RunLock:
     Linux turns flock into a byte-range lock on NFS, which holds over hosts. The file stays, empty: to remove it would
     let two processes lock two files of one name. Where the file system knows no flock, the file `folder`/.lock.holder,
     created exclusively, takes its place: one of a dead process on this host is taken over, one of another host must be
-    removed by hand.
-    Rank 0 only. A child made by fork inherits the lock and holds it as long as it lives.
+    removed by hand. Rank 0 only. A child made by fork inherits the lock and holds it as long as it lives.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,5 +1,4 @@
-"""tandem data make fashion-mnist DEST
-tandem data make folder SRC DEST [--size N] ...
+"""tandem data make fashion-mnist DEST tandem data make folder SRC DEST [--size N] ...
 
 Writes WebDataset shards with an index. The same command goes on after an interruption; nothing is ever overwritten.
 """

@@ -1,8 +1,7 @@
 """Writes shards and their index: in parallel, in a fixed order, resumable, never over anything that is there.
 
-While at work, DEST holds .unfinished/ with what is done; every finished shard is noted there. The same command goes
-on from
-the last whole shard and gives the same bytes as an uninterrupted one. The index is written last.
+While at work, DEST holds .unfinished/ with what is done; every finished shard is noted there. The same command goes on
+from the last whole shard and gives the same bytes as an uninterrupted one. The index is written last.
 """
 
 import contextlib

@@ -15,8 +15,7 @@ def to_float(image: Tensor) -> Tensor:
 
 def to_uint8(image: Tensor) -> Tensor:
     """float (B, C, H, W) -> uint8 (B, H, W, C): scaled, rounded to the nearest level, clamped. The inverse of
-    `to_float`
-    for all 256 levels; values outside [-1, 1] become 0 or 255."""
+    `to_float` for all 256 levels; values outside [-1, 1] become 0 or 255."""
     assert image.is_floating_point() and image.dim() == 4
     level = image.detach().to(torch.float32).add(1).mul_(LEVELS / 2).round_().clamp_(0, LEVELS)
     return level.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

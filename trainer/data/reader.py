@@ -24,8 +24,7 @@ CHUNK = 1024  # samples that a thread decodes at a time then
 
 class Quarantine:
     """Samples that cannot be decoded. Whether one can depends on its bytes alone, and its stand-in is the next good
-    sample
-    of the split: so every rank, world size and resumed run replaces it by the same."""
+    sample of the split: so every rank, world size and resumed run replaces it by the same."""
 
     def __init__(self, index: Index, max_bad_share: float) -> None:
         self.index = index

@@ -45,8 +45,7 @@ class Training:
 @dataclass(frozen=True)
 class Evaluation:
     """Each sample once over all ranks, in the order of the shards; the last global batch is padded with weight 0, so
-    that
-    every rank takes part in the same number of batches."""
+    that every rank takes part in the same number of batches."""
 
     samples: int
     batch: int

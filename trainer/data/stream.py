@@ -62,8 +62,7 @@ class Stream:
 
     def evaluation(self, batch: int) -> Iterator[RawBatch]:
         """Each sample once over all ranks, in the order of the shards; `batch` images a global batch, the same number
-        of
-        batches on every rank, padding and bad samples with weight 0."""
+        of batches on every rank, padding and bad samples with weight 0."""
         _share(batch, self.world)
         return self._run(Evaluation(self.samples, batch, self.rank, self.world))
 

@@ -39,8 +39,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def scan(path: Path) -> list[Member]:
     """The regular files of a tar, in order. Reads headers only. ShardCut where the file ends too early, ValueError
-    where
-    it is no tar or holds what a shard must not (sparse files)."""
+    where it is no tar or holds what a shard must not (sparse files)."""
     found: list[Member] = []
     for name, offset, size in _headers(path, found):
         key, field = split_name(name.removeprefix("./"))
