@@ -1,11 +1,9 @@
 """Which sample stands at which position: a pure function of (seed, position), for ever.
 
 Position p lies in epoch p // N. In each epoch the shards are permuted, cut into windows of `window` shards, and the
-samples
-of a window are permuted. So every sample is seen once an epoch, few shards are open at a time, and going on at any
-position
-costs one window. The permutation is our own (splitmix64 and a stable sort): numpy's may change between versions (NEP
-19).
+samples of a window are permuted. So every sample is seen once an epoch, few shards are open at a time, and going on at
+any position costs one window. The permutation is our own (splitmix64 and a stable sort): numpy's may change between
+versions (NEP 19).
 """
 
 from collections.abc import Sequence
