@@ -42,7 +42,7 @@ def _one(detail: Any, root: type, *, source: str, overrides: dict[str, str]) -> 
     if kind in ("missing", "missing_argument"):
         return f"{where}: key {key} is missing"
     if kind == "union_tag_not_found":
-        return f"{where}: {key}.kind is missing: one of {detail['ctx'].get('expected_tags', _kinds(path, root))}"
+        return f"{where}: {key}.kind is missing: one of {_kinds(path, root)}"
     if kind == "union_tag_invalid":
         tag, expected = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
         close = difflib.get_close_matches(tag, [name.strip("' ") for name in expected.split(",")], n=1)
@@ -91,7 +91,12 @@ def _nearest(path: list[str], root: type) -> str:
 
 
 def _kinds(path: list[str], root: type) -> str:
-    return ", ".join(sorted({key for key in _keys(root) if key.startswith(".".join(path))}))
+    """The kinds that a union at `path` may be."""
+    members: tuple[Any, ...] = (root,)
+    for part in path:
+        hints = [typing.get_type_hints(member).get(part) for member in members if dataclasses.is_dataclass(member)]
+        members = tuple(member for hint in hints if hint is not None for member in _members(hint))
+    return ", ".join(dict.fromkeys(repr(member.kind) for member in members if hasattr(member, "kind")))
 
 
 def _keys(root: type, prefix: str = "") -> Iterator[str]:

@@ -35,7 +35,7 @@ def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Coll
     if refused:
         raise ValueError(
             f"resume: the configuration differs from the checkpoint's in what may not change: {'; '.join(refused)}; "
-            "restore these values, or start a new run with --init-from"
+            "restore these values, or start a new run with checkpoint.init_from"
         )
     return lines
 
