@@ -34,7 +34,7 @@ def _one(detail: Any, root: type, *, source: str, overrides: dict[str, str]) -> 
     if detail["type"] == "value_error":  # a __post_init__, whose text begins with the field
         path.append(str(detail["ctx"]["error"]).partition(":")[0])
     key = ".".join(path)
-    given = next((given for given in overrides if f"{key}.".startswith(f"{given}.") or given.startswith(f"{key}.")), None)
+    given = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in overrides)
     where = "command line" if given else source
     kind = detail["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
