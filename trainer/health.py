@@ -62,8 +62,8 @@ class NonFinite:
                 if self._row[phase] >= self.patience:
                     raise ValueError(
                         f"{phase}: the gradients of {self.patience} updates in a row were not finite, at {images} "
-                        "images; lower optim.lr, set optim.clip or look at the data; the same command goes on from the last "
-                        "checkpoint"
+                        "images; lower optim.lr, set optim.clip or look at the data; the command then goes on from "
+                        "the last checkpoint"
                     )
 
     def export(self) -> dict[str, int]:

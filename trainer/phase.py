@@ -23,10 +23,12 @@ Outputs = dict[str, Tensor]
 class Run:
     """One update as its phases see it. `begin` is the step's; all else is for methods."""
 
+    batch: Batch
+    """The micro-batch of the phase."""
+
     def __init__(self, engines: Mapping[str, Engine], *, seed: int, balance: Balance, precision: str = "fp32") -> None:
         self.engines, self.seed, self.balance, self.precision = engines, seed, balance, precision
         self.images = 0
-        self.batch: Batch | None = None
         self._noise: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
         self.kept: dict[str, list[Tensor]] = {}
         self._shared: dict[str, Outputs] = {}
@@ -36,7 +38,7 @@ class Run:
     def begin(self, phase: str, batch: Batch, *, images: int, last: bool, share: bool, count: int) -> None:
         """images: seen before this update; share: a forward may wait for its own phase; count: samples of this rank."""
         self.phase, self.images, self.last, self.share, self.count = phase, images, last, share, count
-        if self.batch is not batch:
+        if getattr(self, "batch", None) is not batch:
             self.batch, self._noise = batch, {}
         for network in self._frozen:
             network.requires_grad_(True)
@@ -69,7 +71,9 @@ class Run:
         for i, (group, (values, shares)) in enumerate(groups.items()):
             retain = i + 1 < len(groups)
             # the gradient of the weighted sum, without taking the sum
-            found = torch.autograd.grad(values, leaves, shares, allow_unused=True, retain_graph=retain)
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                values, leaves, shares, allow_unused=True, retain_graph=retain
+            )
             if len(groups) > 1:
                 found = self._balanced(group, found, weight=weights[group])
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)]
@@ -96,7 +100,8 @@ class Run:
         call: the network's first input, or a function of the network that returns its outputs. exact: eager and in
         float32, for penalties, whose double backward torch.compile refuses and half precision spoils."""
         assert name == self.phase, f"the phase {self.phase} trains {self.phase}, not {name}"
-        self.outputs = self._shared.pop(name, None) or self._through(name, call, inputs, exact)
+        waiting = self._shared.pop(name, None)
+        self.outputs = self._through(name, call, inputs, exact) if waiting is None else waiting
         self.leaves = {key: out.detach().float().requires_grad_() for key, out in self.outputs.items()}
         return SimpleNamespace(**self.leaves)
 

@@ -74,7 +74,7 @@ class Balance:
         if self.config.kind == "last_layer":
             assert features is not None
             shape = (gradient.shape[1], features.shape[1], 3, 3)
-            found = conv2d_weight(features.float(), shape, gradient, padding=1)
+            found: Tensor = conv2d_weight(features.float(), shape, gradient, padding=1)  # type: ignore[no-untyped-call]
         else:
             found = gradient.square().sum()
         self._now[group] = self._now[group] + found if group in self._now else found

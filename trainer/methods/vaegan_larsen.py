@@ -117,7 +117,8 @@ class VAEGANLarsen:
         with torch.no_grad():
             wanted = network.features(image)[self.config.layer]
         found: Tensor = network.features(reconstruction)[self.config.layer]
-        return 0.5 * (found.float() - wanted.float()).square().flatten(1).sum(1)
+        distance: Tensor = 0.5 * (found.float() - wanted.float()).square().flatten(1).sum(1)
+        return distance
 
     # ------------------------------------------------------------------ what a trained model does
     @property

@@ -32,13 +32,14 @@ class DDPEngine:
     def __init__(
         self, network: nn.Module, *, optim: optimizer.NetworkOptim, ranks: Ranks, average: bool, compiled: bool
     ) -> None:
-        network.to(ranks.device, memory_format=torch.channels_last)
+        network.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         names = [name for name, _ in network.named_buffers()]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
+        ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(network, names)  # type: ignore[no-untyped-call]
         self.average: nn.Module | None = None
         if average and optim.config.ema_half_life > 0:
             self.average = copy.deepcopy(network).requires_grad_(False).eval()
-            self.averaged = list(self.average.parameters())
+            self.averaged: list[Tensor] = list(self.average.parameters())
             # walking the modules in every step costs as much as averaging the weights of a small network
             self.buffered = next(network.buffers(), None) is not None
         if compiled:
@@ -47,6 +48,7 @@ class DDPEngine:
         self.wrapped = ranks.accelerator.prepare_model(network)
         self.names = [name for name, _ in network.named_parameters()]
         self.parameters = list(network.parameters())
+        self.live: list[Tensor] = list(self.parameters)
         self.optimizer = optimizer.build(self.parameters, optim)
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -78,7 +80,7 @@ class DDPEngine:
         self.optimizer.zero_grad()
         if self.average is not None:
             keep = self.optim.ema_decay(images, batch=batch)
-            torch._foreach_lerp_(self.averaged, self.parameters, 1.0 - keep)
+            torch._foreach_lerp_(self.averaged, self.live, 1.0 - keep)
             if self.buffered:
                 self._follow_buffers(self.average)
         return Applied(applied=1.0 - skipped, norm=norm)
