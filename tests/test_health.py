@@ -1,0 +1,130 @@
+"""What watches a run: skipped updates that go on for too long, and signals that ask it to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.health import NonFinite, Signals
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def notes(*skipped: int, phase: str = "generator") -> dict[str, list[torch.Tensor]]:
+    return {f"skipped/{phase}": [torch.tensor(float(value)) for value in skipped], "loss/a": [torch.zeros(3)]}
+
+
+# ---------------------------------------------------------------- skipped updates
+def test_skipped_updates_are_counted_a_network() -> None:
+    watch = NonFinite(patience=10)
+    watch.look(notes(0, 1, 0, 1, 1), images=64)
+    watch.look(notes(1, 0, phase="discriminator"), images=128)
+    watch.look(notes(0, 1), images=192)
+    assert watch.export() == {"generator": 4, "discriminator": 1}
+
+
+def test_patience_ends_after_so_many_in_a_row_even_across_looks() -> None:
+    watch = NonFinite(patience=4)
+    watch.look(notes(0, 1, 1), images=64)
+    with pytest.raises(
+        ValueError, match="generator: the gradients of 4 updates in a row were not finite, at 128 images"
+    ):
+        watch.look(notes(1, 1), images=128)
+
+
+def test_one_update_that_is_taken_begins_the_row_anew() -> None:
+    watch = NonFinite(patience=3)
+    for images in range(64, 640, 64):
+        watch.look(notes(1, 1, 0), images=images)
+    assert watch.export() == {"generator": 18}
+
+
+def test_networks_do_not_share_a_row() -> None:
+    watch = NonFinite(patience=3)
+    watch.look(notes(1, 1) | notes(1, 1, phase="discriminator"), images=64)
+    with pytest.raises(ValueError, match="^discriminator: "):
+        watch.look(notes(1, phase="discriminator"), images=128)
+
+
+def test_the_count_goes_on_after_a_resume() -> None:
+    watch = NonFinite(patience=5)
+    watch.look(notes(1), images=64)
+    again = NonFinite(patience=5)
+    again.load(watch.export())
+    again.look(notes(1), images=128)
+    assert again.export() == {"generator": 2}
+
+
+def test_no_notes_are_no_news() -> None:
+    watch = NonFinite(patience=1)
+    watch.look({}, images=0)
+    assert watch.export() == {}
+
+
+# ---------------------------------------------------------------- signals
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_noted_and_nothing_else_happens(number: int, code: int) -> None:
+    before = signal.getsignal(number)
+    with Signals() as signals:
+        assert not signals.stop
+        os.kill(os.getpid(), number)
+        assert signals.stop and signals.code == code
+    assert signal.getsignal(number) is before
+
+
+def test_handlers_are_given_back_after_an_error_too() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError), Signals():
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_several_sigterms_still_wait_for_the_save() -> None:
+    with Signals() as signals:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.stop and signals.code == 143
+
+
+LOOP = """
+import sys, time
+from trainer.health import Signals
+with Signals() as signals:
+    print("ready", flush=True)
+    while not signals.stop:
+        time.sleep(0.01)
+    print("saving", flush=True)
+    time.sleep(float(sys.argv[1]))
+    print("saved", flush=True)
+sys.exit(signals.code)
+"""
+
+
+def looping(*, save: float) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, str(save)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "saving\n"
+    return process
+
+
+def test_one_interrupt_saves_and_ends_with_130() -> None:
+    process = looping(save=0.2)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "saved\n", "")
+
+
+def test_a_second_interrupt_ends_at_once_without_the_save() -> None:
+    process = looping(save=60)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert time.monotonic() - began < 10
