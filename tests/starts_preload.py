@@ -1,11 +1,21 @@
 """What the fork server of `tests.starts` imports before it forks. Nothing here may start a thread or compute."""
 
+import importlib
 from pathlib import Path
 
-import trainer.__main__
-import trainer.check
-import trainer.loop  # noqa: F401
-
+HEAVY = (
+    "torch._dynamo",  # torch and accelerate import these two late
+    "torch.distributed.tensor",
+    "tests.starts",
+    "tools.draw",
+    "tools.shards.make",
+    "trainer.__main__",
+    "trainer.check",
+    "trainer.loop",
+)
 TASKS = Path("/proc/self/task")
+
+for name in HEAVY:
+    importlib.import_module(name)
 # a thread would not come along into the forks
 assert not TASKS.is_dir() or len(list(TASKS.iterdir())) == 1
