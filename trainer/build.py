@@ -55,6 +55,12 @@ def averages(engines: Mapping[str, Engine]) -> dict[str, nn.Module]:
     return {name: engine.network if engine.average is None else engine.average for name, engine in engines.items()}
 
 
+def full_kl_weight(config: Config, images: int) -> bool:
+    """Whether the KL's warm-up is over at `images`; true where there is no KL."""
+    kl = getattr(config.method, "kl", None)
+    return kl is None or bool(kl.weight_at(images) == kl.weight)
+
+
 def split(batch: Batch, parts: int) -> list[Batch]:
     """A rank's share as micro-batches, in order; views, no copies."""
     if parts == 1:

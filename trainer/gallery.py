@@ -12,6 +12,7 @@ from trainer import show
 from trainer.board import Board, NoBoard
 from trainer.config import Config
 from trainer.data import Stream, to_device, to_uint8
+from trainer.losses.divergence import kl_per_dimension
 from trainer.methods import Method
 from trainer.parallel.ranks import Ranks
 from trainer.pictures import grid, pairs, write_png
@@ -55,6 +56,10 @@ class Gallery:
         rebuilt = show.reconstructions(self.method, self.networks, given)
         if rebuilt is not None:
             sheets["reconstructions"] = pairs(to_uint8(given), rebuilt, columns=COLUMNS)
+        if hasattr(self.method, "encode"):
+            with torch.no_grad():
+                nats = kl_per_dimension(*self.method.encode(self.networks, given)).mean(0)
+            self.board.histogram(images, "latent/kl_per_dimension", nats)
         walk = show.interpolation(self.method, self.networks, rows=6, columns=COLUMNS, device=device)
         sheets["interpolation"] = grid(walk, columns=COLUMNS)
         for name, sheet in sheets.items():

@@ -71,3 +71,27 @@ class NonFinite:
 
     def load(self, total: Mapping[str, int]) -> None:
         self.total = dict(total)
+
+
+class Collapse:
+    """Says once when the posterior has collapsed to the prior while the KL has its full weight (Bowman et al. 2016).
+
+    During a warm-up the KL may be anything, so nothing is said then. Seen at the first report (`log.every` images)
+    whose mean is under the limit."""
+
+    LIMIT = 0.5
+    """Nats an image: a code that tells so little about its image cannot be told from noise by the decoder."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def look(self, scalars: Mapping[str, float], *, full_weight: bool, images: int) -> str | None:
+        """One line, or None."""
+        nats = scalars.get("latent/kl")
+        if nats is None or nats >= self.LIMIT or not full_weight or self.said:
+            return None
+        self.said = True
+        return (
+            f"posterior collapse at {images:,} images: the KL is {nats:.3g} nats an image, so the decoder ignores the "
+            "latent; lower method.kl.weight, warm it up (method.kl.warmup) or grant method.kl.free_bits"
+        )

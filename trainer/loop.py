@@ -8,7 +8,7 @@ from trainer.config import Config
 from trainer.data import to_device
 from trainer.evaluate import evaluate
 from trainer.gallery import Gallery
-from trainer.health import NonFinite, Signals
+from trainer.health import Collapse, NonFinite, Signals
 from trainer.parallel.ranks import Ranks, start
 from trainer.phase import Run
 from trainer.runlock import RunLock
@@ -41,7 +41,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
     networks = build.averages(engines)
     run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
-    nonfinite = NonFinite(patience=config.log.patience)
+    nonfinite, collapse = NonFinite(patience=config.log.patience), Collapse()
 
     # ---- restore
     saver = Saver(config, ranks=ranks, engines=engines, run=run, nonfinite=nonfinite, stream=stream)
@@ -79,6 +79,10 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
             run.kept.clear()
             board.scalars(images, scalars)
             terminal.report(images, scalars)
+            alarm = collapse.look(scalars, full_weight=build.full_kl_weight(config, images), images=images)
+            if alarm is not None:
+                terminal.note(alarm)
+                board.text("health", alarm, images)
         terminal.advance(images)
         if now(config.log.evaluate_every) and not stopping:
             limit = config.log.evaluate_images
