@@ -151,6 +151,7 @@ def _become(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     os.environ.update(variables)
     os.chdir(cwd)
+    log.with_suffix(".ready").touch()
     code = boundary(main, argv)
     sys.stdout.flush()
     os._exit(code)  # a group that a failed rank leaves open may wait for its peers for minutes: see launch.worker
