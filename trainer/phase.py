@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer.data import Batch
 from trainer.kernels import noise
+from trainer.kernels.ahead import Ahead
 from trainer.losses.balance import Balance, Term
 from trainer.parallel.engine import Engine
 
@@ -30,6 +31,7 @@ class Run:
         self.engines, self.seed, self.balance, self.precision = engines, seed, balance, precision
         self.images = 0
         self._noise: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+        self._draws = {"normal": Ahead(noise.normal), "uniform": Ahead(noise.uniform)}
         self.kept: dict[str, list[Tensor]] = {}
         self._shared: dict[str, Outputs] = {}
         self._frozen: list[nn.Module] = []
@@ -126,16 +128,16 @@ class Run:
 
     def normal(self, stream: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal (B, *shape): the noise `stream` of the batch's samples."""
-        return self._draw("normal", noise.normal, stream, shape)
+        return self._draw("normal", stream, shape)
 
     def uniform(self, stream: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Uniform in [0, 1), (B, *shape): the draws `stream` of the batch's samples."""
-        return self._draw("uniform", noise.uniform, stream, shape)
+        return self._draw("uniform", stream, shape)
 
-    def _draw(self, kind: str, draw: Callable[..., Tensor], stream: str, shape: tuple[int, ...]) -> Tensor:
+    def _draw(self, kind: str, stream: str, shape: tuple[int, ...]) -> Tensor:
         key = (kind, stream, shape)
         if key not in self._noise:  # the phases of an update ask for the same noise
-            self._noise[key] = draw(self.seed, stream, self.batch.position, shape)
+            self._noise[key] = self._draws[kind](self.seed, stream, self.batch.position, shape)
         return self._noise[key]
 
     def note(self, name: str, values: Tensor) -> None:

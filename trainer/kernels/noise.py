@@ -71,14 +71,14 @@ def _unsigned(value: int) -> np.uint64:
 
 def uniform(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Uniform float32 in [0, 1), multiples of 2^-24: (B, *shape), on the device of `positions` (int64, (B,))."""
-    count = _numel(shape)
+    count = numel(shape)
     bits = (_bits(seed, stream, positions, count) >> 40) & 0xFFFFFF
     return bits.to(torch.float32).mul_(2.0**-24).view(len(positions), *shape)
 
 
 def normal(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal float32 (B, *shape), |x| <= 6.67, on the device of `positions` (int64, (B,))."""
-    count = _numel(shape)
+    count = numel(shape)
     bits = _bits(seed, stream, positions, (count + 1) // 2)
     # 32 bits for the radius, in (0, 1] so that the logarithm is finite; 32 for the angle
     radius = ((bits >> 32) & 0xFFFFFFFF).to(torch.float32).add_(1.0).mul_(2.0**-32)
@@ -88,7 +88,8 @@ def normal(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...]) ->
     return pair[:, :count].reshape(len(positions), *shape)
 
 
-def _numel(shape: tuple[int, ...]) -> int:
+def numel(shape: tuple[int, ...]) -> int:
+    """Values in a row."""
     count = 1
     for size in shape:
         count *= size
