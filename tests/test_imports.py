@@ -29,7 +29,11 @@ MUST_NOT_IMPORT = {
     "trainer.parallel": ("trainer.config", "trainer.step", "trainer.loop", "trainer.methods", "trainer.losses"),
     "trainer.step": ("trainer.config", "trainer.loop"),
 }
-ONLY_IN = {"accelerate": ("trainer.parallel",), "deepspeed": ("trainer.parallel",), "submitit": ("launch",)}
+ONLY_IN = {
+    "accelerate": ("trainer.parallel", "tools.bench.peers"),  # a peer to measure against
+    "deepspeed": ("trainer.parallel",),
+    "submitit": ("launch",),
+}
 NOWHERE = {
     "torchvision": "does not load beside the tested torch",
     "torchcodec": "does not load beside the tested torch",
