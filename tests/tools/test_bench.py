@@ -32,7 +32,7 @@ def test_a_short_run_prints_a_table_and_writes_figures_machine_and_versions(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench.json"
-    argv = ["--models", "vae-small", "--seconds", "0.01", "--rounds", "2", "--data", str(shards), "--out", str(out)]
+    argv = ["--models", "vae-tiny", "--seconds", "0.01", "--rounds", "2", "--data", str(shards), "--out", str(out)]
     assert bench.main(argv) == 0
     found = json.loads(out.read_text())
     assert found["command"] == "python -m tools.bench.train " + " ".join(argv)
@@ -78,4 +78,4 @@ def test_a_name_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as stopped:
         bench.parse(["--models", "vea"])
     assert stopped.value.code == 2
-    assert "'vea' is none of vae-small, vae, gan, vaegan" in capsys.readouterr().err
+    assert "'vea' is none of vae-tiny, vae-small, vae, gan, vaegan" in capsys.readouterr().err

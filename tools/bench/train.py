@@ -1,8 +1,8 @@
 """How fast Tandem trains, as a ratio to a bare PyTorch loop over the same networks, losses and images.
 
     python -m tools.bench.train
-    python -m tools.bench.train --models vae-small,vaegan --seconds 2 --rounds 9 --out bench.json
-    python -m tools.bench.train --models vae-small --peers accelerate,lightning,pythae
+    python -m tools.bench.train --models vae-tiny,vaegan --seconds 2 --rounds 9 --out bench.json
+    python -m tools.bench.train --models vae-tiny --peers accelerate,lightning,pythae
 
 Images per CPU-second of one thread. All variants of a model take short turns in one process, forth and back, and
 a ratio compares within its round: whoever else uses the machine slows all of them alike.
