@@ -6,14 +6,17 @@ Says what a config would do, without training: sizes, cost, memory, batches; tri
 import argparse
 import dataclasses
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from trainer import build, checkpoint
 from trainer import config as configuration
@@ -34,25 +37,59 @@ example:
 """
 
 
+class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Operations of the matrix products and convolutions inside, by torch's formulas; a product is two.
+
+    torch's own FlopCounterMode follows modules with hooks that an autograd.grad at a module's input refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
 class SavedBytes:
     """Bytes of the tensors that autograd keeps for backward, each storage once, at their peak."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._known = {p.untyped_storage().data_ptr() for p in parameters}
-        self._alive: dict[int, int] = {}
+        self._alive: Counter[int] = Counter()
+        self._bytes = 0
         self.peak = 0
 
-    def pack(self, tensor: Tensor) -> tuple[Tensor, int]:
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        if key not in self._known:
-            self._alive[key] = storage.nbytes()
-            self.peak = max(self.peak, sum(self._alive.values()))
-        return tensor, key
+    def pack(self, tensor: Tensor) -> "_Kept":
+        return _Kept(self, tensor)
 
-    def unpack(self, packed: tuple[Tensor, int]) -> Tensor:
-        self._alive.pop(packed[1], None)
-        return packed[0]
+    def unpack(self, kept: "_Kept") -> Tensor:
+        return kept.tensor
+
+    def add(self, key: int, size: int, times: int) -> None:
+        """times: 1 for a tensor that begins to be kept, -1 for one that is let go."""
+        if key in self._known:
+            return
+        before = self._alive[key] > 0
+        self._alive[key] += times
+        self._bytes += size * ((self._alive[key] > 0) - before)
+        self.peak = max(self.peak, self._bytes)
+
+
+class _Kept:
+    """What autograd holds for a saved tensor; it goes when the graph does, whether it was used or not."""
+
+    def __init__(self, saved: SavedBytes, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.saved, self.tensor, self.key, self.size = saved, tensor, storage.data_ptr(), storage.nbytes()
+        saved.add(self.key, self.size, 1)
+
+    def __del__(self) -> None:
+        self.saved.add(self.key, self.size, -1)
 
 
 def main(argv: list[str]) -> int:
@@ -98,7 +135,7 @@ def check(config: Config, *, world: int) -> dict[str, str]:
             given = to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed)
             parts = build.split(given, micro_batches)
             images = _late(config, method) + update * config.batch
-            with FlopCounterMode(display=False) as flops, saved_tensors_hooks(saved.pack, saved.unpack):
+            with Flops() as flops, saved_tensors_hooks(saved.pack, saved.unpack):
                 train_step(method, engines, parts, run, images=images, batch=config.batch, ranks=ranks)
         losses = means(run.kept, ranks)
         state = sum(_bytes(engine.export()) for engine in engines.values())
@@ -112,12 +149,12 @@ def check(config: Config, *, world: int) -> dict[str, str]:
             ),
             "image": f"{image.channels} x {image.height} x {image.width}",
             "latent": " x ".join(map(str, method.latent_size)),
-            "global batch": f"{config.batch} images: {world} ranks x {micro_batches} micro-batches of "
-            f"{share // micro_batches}",
+            "global batch": f"{config.batch} images: {_count(world, 'rank')} x "
+            f"{_count(micro_batches, 'micro-batch')} of {share // micro_batches}",
             "budget": f"{config.images:,} images, {config.updates:,} updates, "
             f"{config.images / train.samples:.1f} epochs",
             "an epoch": f"{train.samples:,} images; {test.samples:,} to test on",
-            "cost": f"{flops.get_total_flops() / share / 1e6:,.1f} MFLOPs an image, forward and backward of all phases",
+            "cost": f"{flops.total / share / 1e6:,.1f} MFLOPs an image, forward and backward of all phases",
             "memory a rank": f"{(state + gradients + saved.peak) / 1e6:,.1f} MB: state {state / 1e6:,.1f}, "
             f"gradients {gradients / 1e6:,.1f}, activations {saved.peak / 1e6:,.1f}",
             "two updates": ", ".join(
@@ -135,6 +172,11 @@ def check(config: Config, *, world: int) -> dict[str, str]:
         return rows
     finally:
         ranks.close()
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{plural}"
 
 
 def _late(config: Config, method: Method) -> int:
