@@ -286,7 +286,7 @@ def test_the_layout_is_one_that_tensorboard_parses(tmp_path: Path) -> None:
     layout = Layout.FromString(record.item())  # type: ignore[attr-defined]
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
     assert charts["logits"] == ["logits/(real|fake)$"]
-    assert "generator" in charts and "images/s" in charts and all(charts.values())
+    assert "generator, decoder" in charts and "images/s" in charts and all(charts.values())
 
 
 def test_a_disabled_board_writes_nothing_and_takes_everything(tmp_path: Path) -> None:

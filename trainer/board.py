@@ -1,8 +1,8 @@
 """Everything that TensorBoard shows. A step is an image seen, so runs of any batch size can be laid over each other.
 
-Tags: `loss/<phase>/<name>`, `logits/real`, `logits/fake`, `accuracy/real`, `accuracy/fake`, `gradient_norm/<network>`,
-`lr/<network>`, `weight/<loss>`, `latent/kl`, `test/active_units`, `throughput/images_per_s`,
-`throughput/waiting`. LAYOUT draws those that belong together in one chart.
+Tags: `loss/<phase>/<name>`, `logits/real`, `logits/fake`, `accuracy/real`, `accuracy/fake`, `accuracy/pairs`,
+`gradient_norm/<network>`, `lr/<network>`, `weight/<loss>`, `latent/kl`, `test/active_units`,
+`throughput/images_per_s`, `throughput/waiting`. LAYOUT draws those that belong together in one chart.
 
 The rule after a resume at N images: records beyond N are cut out of the old event files, and from then on a tag takes
 each step once; the record that is there first stays. So each curve is the one of a run that was never interrupted. We
@@ -11,7 +11,7 @@ pytorch#42379).
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ from trainer.pictures import Picture, png
 LAYOUT: dict[str, dict[str, list[str]]] = {  # category -> chart -> regular expressions of tags, matched from the start
     "losses": {
         "discriminator": ["loss/(discriminator|critic)/.*"],
-        "autoencoder": ["loss/(autoencoder|encoder|decoder)/.*"],
-        "generator": ["loss/generator/.*"],
+        "reconstruction": ["loss/(autoencoder|encoder|decoder)/(nll|perceptual|similarity)$"],
+        "KL": ["loss/(autoencoder|encoder)/kl$"],
+        "generator, decoder": ["loss/(autoencoder|decoder|generator)/adversarial.*"],
     },
-    "discriminator": {"logits": ["logits/(real|fake)$"], "accuracy": ["accuracy/(real|fake)$"]},
+    "discriminator": {"logits": ["logits/(real|fake)$"], "accuracy": ["accuracy/.*"]},
     "optimisation": {
-        "gradient norms": ["gradient_norm/.*"],
+        "gradient norm of the discriminator": ["gradient_norm/discriminator$"],
+        "gradient norms of the others": ["gradient_norm/(autoencoder|encoder|decoder|generator)$"],
         "learning rates": ["lr/.*"],
         "loss weights": ["weight/.*"],
     },
@@ -102,18 +104,27 @@ class Board:
         """Text in Markdown; by default at the images where this start of the run began."""
         self._add(self._start if images is None else images, list(text_pb(tag, markdown).value))
 
-    def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """This run's line in the HPARAMS tab: a flat configuration and its final metrics, which become scalars too."""
+    def hparams(
+        self, config: Mapping[str, Any], metrics: Mapping[str, float], *, columns: Collection[str] = ()
+    ) -> None:
+        """This run's line in the HPARAMS tab: a flat configuration and its final metrics, which become scalars too.
+
+        columns: tags of metrics that other runs may have; TensorBoard takes the columns of all from any one of them."""
         assert metrics, "without a metric TensorBoard shows no hparams (accelerate#521)"
         plain = {key: v if isinstance(v, (bool, int, float, str)) else str(v) for key, v in config.items()}
         end = SessionEndInfo(status=Status.STATUS_SUCCESS, end_time_secs=time.time())
-        experiment = hparams_config_pb([HParam(key) for key in plain], [Metric(tag) for tag in metrics])
+        experiment = hparams_config_pb(
+            [HParam(key) for key in plain], [Metric(tag) for tag in sorted({*metrics, *columns})]
+        )
         session_end = Summary.Value(
             tag=hparams_metadata.SESSION_END_INFO_TAG,
             tensor=hparams_metadata.NULL_TENSOR,
             metadata=hparams_metadata.create_summary_metadata(HParamsPluginData(session_end_info=end)),
         )
-        start = hparams_pb(plain, trial_id=str(self.path.parent))
+        folder = self.path.parent
+        start = hparams_pb(
+            plain, trial_id=f"{folder.parent.name}, {folder}"
+        )  # the page cuts it off after a few letters
         self._add(self._images, [*experiment.value, *start.value, session_end])
         self.scalars(self._images, metrics)
         self.flush()
@@ -186,7 +197,9 @@ class NoBoard:
 
     def text(self, tag: str, markdown: str, images: int | None = None) -> None: ...
 
-    def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None: ...
+    def hparams(
+        self, config: Mapping[str, Any], metrics: Mapping[str, float], *, columns: Collection[str] = ()
+    ) -> None: ...
 
     def layout(self) -> None: ...
 

@@ -74,6 +74,8 @@ def _without_tags(loc: tuple[str | int, ...], root: type) -> list[str]:
 def _nearest(path: list[str], root: type) -> str:
     wrong = path[-1]
     every = list(_keys(root))
+    if ".".join(path) in every:
+        return f"; another kind of {'.'.join(path[:-1])} has it, this one does not"
     siblings = [key for key in every if key.split(".")[:-1] == path[:-1]]
     leaves = {key.split(".")[-1]: key for key in siblings}
     close = difflib.get_close_matches(wrong.replace("-", "_"), leaves, n=1, cutoff=0.6)

@@ -18,6 +18,9 @@ from trainer.parallel.ranks import Ranks
 from trainer.pictures import grid, pairs, write_png
 
 COLUMNS = 12
+HPARAMS = ("images", "batch", "seed", "precision", "method.", "optim.")  # where runs that are compared differ
+TAGS = {"interpolation": "interpolation, spherical"}  # a picture says how its latents were made
+FINAL = ("psnr", "nll", "kl", "nelbo", "bits_per_dim", "active_units", "train_seconds")  # of any method
 
 
 @dataclass
@@ -63,10 +66,13 @@ class Gallery:
         walk = show.interpolation(self.method, self.networks, rows=6, columns=COLUMNS, device=device)
         sheets["interpolation"] = grid(walk, columns=COLUMNS)
         for name, sheet in sheets.items():
-            self.board.picture(images, name, sheet)
+            self.board.picture(images, TAGS.get(name, name), sheet)
             write_png(self.config.run / "pictures" / f"{name}.png", sheet, overwrite=True)
 
     def conclude(self, images: int, metrics: Mapping[str, float], *, seconds: float) -> None:
         """The run's line in the HPARAMS tab."""
         final = {f"final/{name}": value for name, value in metrics.items()} | {"final/train_seconds": seconds}
-        self.board.hparams(configuration.flatten(configuration.to_tree(self.config)), final)
+        flat = configuration.flatten(configuration.to_tree(self.config))
+        shown = {key: value for key, value in flat.items() if key.startswith(HPARAMS)}
+        shown["method"] = shown.pop("method.kind")  # TensorBoard shows five columns, the first by the alphabet
+        self.board.hparams(shown, final, columns=[f"final/{name}" for name in FINAL])

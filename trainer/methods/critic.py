@@ -76,8 +76,11 @@ class Critic:
         losses = self.loss.discriminator(out.real, out.fake)
         run.note("logits/real", out.real)
         run.note("logits/fake", out.fake)
-        run.note("accuracy/real", (out.real > 0).float())
-        run.note("accuracy/fake", (out.fake < 0).float())
+        if self.loss.paired:  # only differences count: a logit's sign means nothing
+            run.note("accuracy/pairs", (torch.cat([out.real] * len(fakes)) > out.fake).float())
+        else:
+            run.note("accuracy/real", (out.real > 0).float())
+            run.note("accuracy/fake", (out.fake < 0).float())
         terms = {"adversarial": Term(_mean_over_fakes(losses, len(real)))}
         if r1:
             terms["r1"] = Term(out.r1, weight=0.5 * config.r1 * self.lazy)
