@@ -1,5 +1,6 @@
 """What a method is worth on the test split, measured on all ranks from the averaged weights."""
 
+import contextlib
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -42,22 +43,23 @@ def evaluate(
     sums: dict[str, Tensor] = {}
     units = ActiveUnits()
     steps = None if limit is None else -(-limit // config.batch)
-    for raw in islice(stream.evaluation(config.batch), steps):
-        given = to_device(raw, device=ranks.device, flip=False, seed=SEED)
-        weight = given.weight.double()
-        mean, logvar = method.encode(networks, given.image)
-        values = {
-            "psnr": psnr(method.decode(networks, mean), given.image),
-            "clamped": clamped_share(logvar),
-            "count": torch.ones_like(weight),
-        }
-        bound = elbo(method, networks, given)
-        if bound is not None:
-            values["nll"], values["kl"] = bound
-        for name, value in values.items():
-            total = (value.double() * weight).sum()
-            sums[name] = sums[name] + total if name in sums else total
-        units.add(mean[given.weight > 0])
+    with contextlib.closing(stream.evaluation(config.batch)) as batches:
+        for raw in islice(batches, steps):
+            given = to_device(raw, device=ranks.device, flip=False, seed=SEED)
+            weight = given.weight.double()
+            mean, logvar = method.encode(networks, given.image)
+            values = {
+                "psnr": psnr(method.decode(networks, mean), given.image),
+                "clamped": clamped_share(logvar),
+                "count": torch.ones_like(weight),
+            }
+            bound = elbo(method, networks, given)
+            if bound is not None:
+                values["nll"], values["kl"] = bound
+            for name, value in values.items():
+                total = (value.double() * weight).sum()
+                sums[name] = sums[name] + total if name in sums else total
+            units.add(mean[given.weight > 0])
     names = sorted(sums)
     total = ranks.sum(torch.stack([sums[name] for name in names]))
     found = dict(zip(names, total.tolist(), strict=True))

@@ -1,6 +1,7 @@
 """The stream is exact: the same global batches for any world size, any start, from memory or from the shards."""
 
 import io
+import threading
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -318,3 +319,18 @@ def test_a_batch_that_is_written_to_changes_no_other(uneven: Path, cache: int) -
     for found, right in zip(one.batches(0), expected, strict=False):
         for name in ("image", "label", "position", "index", "weight"):
             assert torch.equal(getattr(found, name), getattr(right, name)), name
+
+
+# ------------------------------------------------------------------ left behind
+def test_evaluations_that_end_early_leave_no_reader_behind(uneven: Path) -> None:
+    one = stream(uneven, batch=2, cache_mb=0, readers=2)
+    running = one.batches(0)
+    next(running)
+    alive = []
+    for _ in range(4):
+        assert len(list(islice(one.evaluation(2), 2))) == 2
+        alive.append(threading.active_count())
+    assert alive == alive[:1] * 4
+    next(running)
+    one.close()
+    assert next(running, None) is None

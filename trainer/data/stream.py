@@ -1,7 +1,7 @@
 """The stream of a split: exact order, exact resume, equal batches for every rank."""
 
-import inspect
 import time
+import weakref
 from collections.abc import Generator, Iterator
 
 import numpy as np
@@ -43,7 +43,8 @@ class Stream:
         self.waited = 0.0
         """Seconds that the consumer waited for batches, since the stream was made."""
         self._reader = Reader(self.index, config)
-        self._open: list[Generator[RawBatch, None, None]] = []
+        # weak: an evaluation that its consumer leaves before the end takes its threads and batches with it
+        self._open: weakref.WeakSet[Generator[RawBatch, None, None]] = weakref.WeakSet()
 
     @property
     def bad(self) -> int:
@@ -60,9 +61,9 @@ class Stream:
         assert start >= 0
         return self._run(Training(self.order, start, self.batch, self.rank, self.world))
 
-    def evaluation(self, batch: int) -> Iterator[RawBatch]:
+    def evaluation(self, batch: int) -> Generator[RawBatch, None, None]:
         """Each sample once over all ranks, in the order of the shards; `batch` images a global batch, the same number
-        of batches on every rank, padding and bad samples with weight 0."""
+        of batches on every rank, padding and bad samples with weight 0. Close it where it is left before its end."""
         _share(batch, self.world)
         return self._run(Evaluation(self.samples, batch, self.rank, self.world))
 
@@ -73,15 +74,12 @@ class Stream:
 
     def close(self) -> None:
         """Ends the readers; iterators of this stream are at their end."""
-        for running in self._open:
+        for running in list(self._open):
             running.close()
-        self._open.clear()
 
-    def _run(self, source: Training | Evaluation) -> Iterator[RawBatch]:
+    def _run(self, source: Training | Evaluation) -> Generator[RawBatch, None, None]:
         running = self._timed(webdataset.DataPipeline(source, self._reader))
-        self._open = [other for other in self._open if inspect.getgeneratorstate(other) != inspect.GEN_CLOSED] + [
-            running
-        ]
+        self._open.add(running)
         return running
 
     def _timed(self, pipeline: webdataset.DataPipeline) -> Generator[RawBatch, None, None]:
