@@ -46,3 +46,18 @@ def few(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["folder", str(folder / "images"), str(shards), "--test-split", "test", "--workers", "1"]
     assert make([*arguments, "--shard-mb", "0.1"]) == 0
     return shards
+
+
+@pytest.fixture(scope="session")
+def shipped(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user has it: configs/, few images as data/fashion-mnist, and a short run of each shipped config."""
+    import shutil
+
+    from tests import starts
+
+    folder = tmp_path_factory.mktemp("shipped")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(few, folder / "data" / "fashion-mnist")
+    for config in sorted((ROOT / "configs").glob("*.yaml")):
+        starts.tandem(folder / "logs", "train", f"configs/{config.name}", *starts.SHORT, cwd=folder).ok()
+    return folder

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.errors import boundary
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.starts_preload"])
+SHORT = ("images=640", "log.every=64", "log.evaluate_images=64", "log.evaluate_every=0", "checkpoint.every=320")
+"""Overrides that make a run of a shipped config ten updates."""
 PATIENCE = 120.0  # seconds that a start may take before the test fails
 
 
@@ -136,9 +139,16 @@ def _train(argv: list[str], variables: Mapping[str, str], log: Path, cwd: Path) 
 
 
 def _tandem(argv: list[str], variables: Mapping[str, str], log: Path, cwd: Path) -> None:
-    from launch.cli import dispatch
+    from launch import cli, local
+    from trainer.__main__ import main
 
-    _become(dispatch, argv, variables, log, cwd)
+    def become_trainer(arguments: list[str]) -> NoReturn:
+        """Instead of a new interpreter, which would import torch again; tests/test_readme.py starts one."""
+        sys.stdout.flush()
+        os._exit(boundary(main, arguments))
+
+    local.become_trainer = become_trainer  # type: ignore[assignment]
+    _become(cli.dispatch, argv, variables, log, cwd)
 
 
 def _become(
