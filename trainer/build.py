@@ -21,6 +21,13 @@ def image_shape(config: Config) -> ImageShape:
     return ImageShape(config.data.channels, height, width)
 
 
+def check_world(config: Config, *, world: int) -> None:
+    """ValueError for what cannot work on `world` ranks, before they meet: batch, data, networks."""
+    config.micro_batches(world)
+    for split in ("train", "test"):
+        Stream(config.data, split=split, batch=config.batch, rank=0, world=world, seed=config.seed).close()
+
+
 def build_stream(config: Config, *, split: str, ranks: Ranks) -> Stream:
     return Stream(config.data, split=split, batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed)
 
@@ -38,6 +45,9 @@ def build_networks(method: Method, *, seed: int) -> dict[str, nn.Module]:
 
 
 def build_engines(config: Config, method: Method, networks: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, Engine]:
+    # torch's default lets convolutions on GPUs round float32 to 10 bits of mantissa, penalties too
+    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     return {
         name: DDPEngine(
             network,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from types import FrameType, TracebackType
 
@@ -9,25 +10,27 @@ import torch
 from torch import Tensor
 
 INTERRUPTED = 128 + signal.SIGINT
+SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class Signals:
-    """`with Signals() as signals:` a first SIGINT or a SIGTERM sets `signals.stop`; a second SIGINT ends the process.
+    """`with Signals() as signals:` a first SIGINT or a SIGTERM sets `signals.code`; a second SIGINT ends the process.
 
     A handler only notes: what is done about it is done between two updates, on all ranks alike."""
 
     def __init__(self) -> None:
-        self.stop = False
         self.code = 0
-        """Exit code that the shell expects of a run ended by this signal."""
+        """Exit code that the shell expects of a run ended by the signal that came; 0: none came."""
         self._interrupts = 0
         self._before: dict[int, object] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.stop, self.code = True, 128 + number
+        self.code = 128 + number
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
+                if sys.stdout.isatty():
+                    os.write(sys.stdout.fileno(), SHOW_CURSOR)  # the progress bar hid it
                 os._exit(INTERRUPTED)  # the user does not want to wait for a save, nor for peers
 
     def __enter__(self) -> "Signals":

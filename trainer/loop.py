@@ -9,6 +9,7 @@ from trainer.data import to_device
 from trainer.evaluate import evaluate
 from trainer.gallery import Gallery
 from trainer.health import Collapse, NonFinite, Signals
+from trainer.parallel.launcher import asked_processes
 from trainer.parallel.ranks import Ranks, start
 from trainer.phase import Run
 from trainer.runlock import RunLock
@@ -22,6 +23,7 @@ SHOWN = ("psnr", "nelbo")  # figures of the last line
 
 def train(config: Config) -> int:
     """Trains until the budget is spent or a signal comes; returns the exit code: 0, or 128 + the signal once saved."""
+    build.check_world(config, world=(asked_processes() or (1, ""))[0])
     ranks = start(config.parallel)
     with contextlib.ExitStack() as stack:
         stack.callback(ranks.close)
@@ -57,15 +59,15 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
 
     # ---- train
     batches, speed = stream.batches(images), Speed(stream, images)
-    stopping = False
+    code, stopping = 0, False
     while images < config.images and not stopping:
         given = to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed)
         parts = build.split(given, micro_batches)
         train_step(method, engines, parts, run, images=images, batch=config.batch, ranks=ranks)
         images += config.batch
-        speed.pause()
         ending = images >= config.images
-        stopping = not ending and ranks.any(signals.stop)
+        code = 0 if ending else ranks.largest(signals.code)
+        stopping = code > 0
         metrics: dict[str, float] = {}
 
         def now(every: int, *, images: int = images, always: bool = ending) -> bool:
@@ -84,6 +86,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
                 terminal.note(alarm)
                 board.text("health", alarm, images)
         terminal.advance(images)
+        speed.pause()
         if now(config.log.evaluate_every) and not stopping:
             limit = config.log.evaluate_images
             metrics = evaluate(method, networks, test, config=config, limit=limit, ranks=ranks)
@@ -97,8 +100,9 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
 
     # ---- end
     if stopping:
-        terminal.finish(f"stopped at {images:,} images; saved {saver.path}; the same command goes on from there")
-        return signals.code
+        how = "the same command" if config.checkpoint.resume in ("auto", "must") else "checkpoint.resume=auto"
+        terminal.finish(f"stopped at {images:,} images; saved {saver.path}; {how} goes on from there")
+        return code
     final = evaluate(method, networks, test, config=config, limit=None, ranks=ranks)
     gallery.conclude(images, final, seconds=saver.seconds + speed.total)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in final.items() if name in SHOWN)

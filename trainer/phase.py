@@ -53,21 +53,22 @@ class Run:
         self._shared = {}
 
     def autocast(self, *, enabled: bool = True) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "fp32":
+        if self.precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(self.batch.image.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def gradients(self, terms: Mapping[str, Term]) -> tuple[list[Tensor], list[Tensor]]:
         """(outputs, gradients) to hand over: of the mean over this rank's samples of the weighted sum of `terms`."""
         groups: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        weights: dict[str, float] = {}  # of a group's first term, the one that reaches the reconstruction
+        scales: dict[str, float] = {}
         for name, term in terms.items():
             assert term.value.dtype == torch.float32, f"{self.phase}.{name} is not float32"
             group = term.group if term.group is not None and self.balance.active else ""
             values, shares = groups.setdefault(group, ([], []))
             values.append(term.value)
-            shares.append(torch.full_like(term.value, term.weight / self.count, requires_grad=False))
-            weights.setdefault(group, term.weight if group else 1.0)
+            weight = term.weight if group else term.weight * term.scale
+            shares.append(torch.full_like(term.value, weight / self.count, requires_grad=False))
+            scales[group] = term.scale
         leaves = list(self.leaves.values())
         total: list[Tensor | None] = [None] * len(leaves)
         for i, (group, (values, shares)) in enumerate(groups.items()):
@@ -77,23 +78,22 @@ class Run:
                 values, leaves, shares, allow_unused=True, retain_graph=retain
             )
             if len(groups) > 1:
-                found = self._balanced(group, found, weight=weights[group])
+                found = self._balanced(group, found, scale=scales[group])
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)]
         pairs = [(out, g) for out, g in zip(self.outputs.values(), total, strict=True) if g is not None]
         return [out for out, _ in pairs], [g.to(out.dtype) for out, g in pairs]
 
-    def _balanced(self, group: str, found: tuple[Tensor | None, ...], *, weight: float) -> tuple[Tensor | None, ...]:
+    def _balanced(self, group: str, found: tuple[Tensor | None, ...], *, scale: float) -> tuple[Tensor | None, ...]:
         at = found[list(self.leaves).index("reconstruction")]
         assert at is not None, f"{self.phase}: group {group!r} does not reach the reconstruction"
         features = self.outputs.get("features")
         seen = None if features is None else features.detach()[: len(at)]
-        # the norm of the loss itself: with its weight inside, the ratio would cancel the weight and its ramp
-        self.balance.observe(group or Balance.REFERENCE, at / weight, seen)
+        self.balance.observe(group or Balance.REFERENCE, at, seen)
         if not group:
             return found
         ratio = self.balance.ratio(group, like=at)
         self.note(f"weight/{group}", ratio)
-        return tuple(None if g is None else g * ratio for g in found)
+        return tuple(None if g is None else g * (ratio * scale) for g in found)
 
     # ------------------------------------------------------------------ for methods
     def __call__(self, name: str, call: Tensor | Callable[[Any], Any], *inputs: Any, exact: bool = False) -> Any:

@@ -73,7 +73,9 @@ class Saver:
     # ------------------------------------------------------------------ rank 0
     def _choose(self) -> str | None:
         settings = self.config.checkpoint
-        checkpoint.room_for(self.config.run, self._expected_bytes(), settings.keep_last + settings.keep_best)
+        checkpoint.room_for(
+            self.config.run, self._expected_bytes(), keep_last=settings.keep_last, keep_best=settings.keep_best
+        )
         path = checkpoint.choose(self.config.run, settings.resume, log=self.said.append)
         return None if path is None else str(path)
 
@@ -109,8 +111,12 @@ class Saver:
         return {name: tensors for name, tensors in found.items() if tensors}
 
     def _take(self, found: checkpoint.Checkpoint) -> int:
-        old = config_yaml.loads(found.config_text, source=str(found.path / "config.yaml"))
-        changes = resume.refuse_changes(old, configuration.to_tree(self.config), configuration.RESUMABLE)
+        source = str(found.path / "config.yaml")
+        # through today's schema: a key that came later has the value that the run had then, its default
+        old = configuration.parse(config_yaml.loads(found.config_text, source=source), source=source)
+        changes = resume.refuse_changes(
+            configuration.to_tree(old), configuration.to_tree(self.config), configuration.RESUMABLE
+        )
         if found.state["data"] != self.stream.fingerprint:
             raise ValueError(
                 f"data.path: {self.config.data.path} does not hold the shards that {found.path} was trained on; "

@@ -27,7 +27,10 @@ class Speed:
         self._since = time.perf_counter()
 
     def read(self, images: int) -> dict[str, float]:
-        """Images a second of this run over all ranks, and the share of time that this rank waited for data."""
+        """Images a second of this run over all ranks, and the share of time that this rank waited for data.
+
+        After `means`, which waits for the device."""
+        self.pause()
         spent, seen = self._spent, images - self.images
         waited = self.stream.waited - self._waited
         self.total += spent

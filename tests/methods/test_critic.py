@@ -64,6 +64,42 @@ def test_the_two_sided_wasserstein_penalty_is_lambda_times_the_squared_distance_
     assert term.weight == GAMMA
 
 
+class Quadratic(nn.Module):
+    """D(x) = |x|^2 / 2, whose gradient at x is x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return 0.5 * self.one * image.flatten(1).square().sum(1)
+
+
+@pytest.mark.parametrize("augment", [[], ["cutout"]])
+def test_the_wasserstein_penalty_is_taken_between_the_real_image_and_every_fake_unaugmented(
+    ranks: Ranks, augment: list[str]
+) -> None:
+    """real 0, reconstructions 0 and prior samples of norm 8: a mix with the latter has norm 8 u, u uniform."""
+    tree = {
+        "kind": "vaegan",
+        "autoencoder": {"kind": "conv", "width": 8, "multipliers": [1, 2], "latent": 4},
+        "discriminator": {"kind": "global", "width": 8, "multipliers": [1]},  # `Quadratic` takes its place
+        "critic": {"loss": "wasserstein", "gradient_penalty": GAMMA, "augment": augment},
+        "prior_weight": 1.0,
+    }
+    made = small(make_config(tree, "sgd", 1, 1), ranks, networks={"discriminator": Quadratic()})
+    batch = global_batch(0)
+    made.run.begin("discriminator", batch, images=0, last=True, share=True, count=BATCH)
+    real = torch.zeros_like(batch.image)
+    fakes = [torch.zeros_like(real), torch.full_like(real, 8.0 / SIZE)]  # one channel
+    term = made.method.critic.discriminate(made.run, real, fakes)["gradient_penalty"]  # type: ignore[attr-defined]
+    assert term.value.shape == (BATCH,) and term.weight == GAMMA
+    values = term.value.detach()  # the mean of 1, at the mix of zeros, and (8 u - 1)^2, which is 0 to 49
+    assert bool((values >= 0.5 - 1e-5).all()) and bool((values <= 25.0 + 1e-3).all())
+    assert len(set(values.tolist())) == BATCH
+    assert float(values.mean()) == pytest.approx(7.67, abs=5.8)  # of 16 draws with a deviation of 7.7 each, 3 sigma
+
+
 @pytest.mark.parametrize(
     ("name", "critic"),
     [

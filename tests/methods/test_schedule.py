@@ -116,7 +116,8 @@ def test_the_ramp_rises_in_images_from_the_start(ranks: Ranks, length: int) -> N
     found = []
     for number in range(FELT - 1, FELT + 6):
         terms = terms_at(made, number)
-        main, prior = (terms[name].weight if name in terms else 0.0 for name in ("adversarial", "adversarial_prior"))
+        both = (terms.get(name) for name in ("adversarial", "adversarial_prior"))
+        main, prior = (0.0 if term is None else term.weight * term.scale for term in both)
         assert prior == pytest.approx(3.0 * main)
         found.append(main / 0.8)
     expected = [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0] if length else [0.0] + 6 * [1.0]
@@ -131,10 +132,10 @@ def terms_at(made: Small, number: int) -> dict[str, Any]:
     return found
 
 
-def test_a_balanced_term_acts_from_the_update_after_its_start_because_it_is_measured_in_it(ranks: Ranks) -> None:
+def test_a_balanced_term_acts_from_its_start_because_it_is_measured_in_the_update_before(ranks: Ranks) -> None:
     _, seen = run(ranks, balance={"kind": "output", "smoothing": 0.5})
     used = [notes["weight/adversarial"][0] for notes, _ in seen if "weight/adversarial" in notes]
-    assert len(used) == UPDATES - FELT
+    assert len(used) == UPDATES - FELT + 1
     assert used[0] == 0.0 and all(weight > 0 for weight in used[1:])
 
 

@@ -20,20 +20,20 @@ def nobody_said(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def write_config(folder: Path) -> Path:
+def write_config(folder: Path, data: Path) -> Path:
     path = folder / "vae.yaml"
     path.write_text(
         f"run: {folder}/run\nimages: 64\nbatch: 16\n"
-        f"data: {{kind: shards, path: {folder}/data, size: 8, channels: 1}}\nmethod: {{kind: vae}}\n"
+        f"data: {{kind: shards, path: {data}, size: 28, channels: 1}}\nmethod: {{kind: vae}}\n"
     )
     return path
 
 
-def test_accelerate_launch_that_starts_one_of_two_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_accelerate_launch_that_starts_one_of_two_is_refused_in_one_line(tmp_path: Path, fashion: Path) -> None:
     """`accelerate launch --cpu --num_processes 2` starts one process and says nothing of it."""
     command = [*ACCELERATE, "launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no", "-m", "trainer"]
     process = subprocess.Popen(
-        [*command, str(write_config(tmp_path))],
+        [*command, str(write_config(tmp_path, fashion))],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

