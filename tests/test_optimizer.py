@@ -11,7 +11,8 @@ from trainer import optimizer
 from trainer.optimizer import CriticOptim, NetworkOptim, OptimConfig
 
 BATCH, TOTAL = 64, 640
-BAD = {"lr": 0.0, "eps": 0.0, "ema_ramp": 0.0, "hold": 1.0, "clip": -1.0}
+BAD = {"lr": 0.0, "eps": 0.0, "ema_ramp": 0.0, "hold": 1.0, "clip": -1.0, "warmup": -5, "weight_decay": -0.1,
+       "floor": -1.0, "ema_half_life": -4, "betas": (1.5, 2.0)}  # fmt: skip
 
 
 def resolve(network: str = "generator", *, total: int = TOTAL, **config: Any) -> NetworkOptim:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from trainer import config_errors, config_yaml
+from trainer import bounds, config_errors, config_yaml
 from trainer.data import ShardsConfig
 from trainer.methods import MethodConfig
 from trainer.optimizer import OptimConfig
@@ -28,7 +28,7 @@ class CheckpointConfig:
     """When the run is saved, what is kept, and how it goes on."""
 
     every: int = 50_000
-    """Images from one checkpoint to the next; the last update is always saved."""
+    """Images from one checkpoint to the next; the last update is always saved, and with 0 only that one."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = True
@@ -40,6 +40,7 @@ class CheckpointConfig:
     """Checkpoint or run whose weights a new run begins with (fine-tuning); optimiser and clock start afresh."""
 
     def __post_init__(self) -> None:
+        bounds.at_least(0, self, "every")
         if self.keep_last < 1:
             raise ValueError(f"keep_last: {self.keep_last} would keep no checkpoint; at least 1")
 
@@ -49,15 +50,19 @@ class LogConfig:
     """What the board and the terminal show, and how often."""
 
     every: int = 5_000
-    """Images from one set of scalars to the next."""
+    """Images from one set of scalars, and look for gradients that are not finite, to the next; at least 1."""
     pictures_every: int = 50_000
-    """Images from one set of sample grids, reconstructions and interpolations to the next."""
+    """Images from one set of sample grids, reconstructions and interpolations to the next; 0 draws at the end only."""
     evaluate_every: int = 50_000
     """Images from one evaluation on the test split to the next; 0 evaluates at the end only."""
     evaluate_images: int = 2_000
     """Test images of an evaluation during the run; the one at the end takes all."""
     patience: int = 50
     """Updates in a row that may be skipped for a gradient that is not finite before the run stops with an error."""
+
+    def __post_init__(self) -> None:
+        bounds.at_least(1, self, "every", "evaluate_images", "patience")
+        bounds.at_least(0, self, "pictures_every", "evaluate_every")
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,12 @@ class Config:
     method: MethodConfig
     """What is trained: vae, gan, vaegan, vaegan_larsen."""
     seed: int = 0
-    """Of the weights, the order of the data, the noise, the augmentation."""
+    """Of the weights, the order of the data, the noise, the augmentation; 64 bits with a sign."""
     micro_batch: int | None = None
     """Images a rank takes at a time; null takes its whole share of the batch. Smaller: less memory, same result."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast for networks; losses, penalties, weights and averages stay float32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """fp32: float32 throughout. tf32: the same, but GPUs from Ampere on may round inside convolutions and products.
+    bf16: autocast for networks; losses, penalties, weights and averages stay float32."""
     compile: bool = False
     """torch.compile of the networks; penalties run past it."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -92,9 +98,9 @@ class Config:
     """Board and terminal."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+        bounds.at_least(1, self, "images", "batch")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: {self.seed} has more than 64 bits; -2^63 <= seed < 2^63")
 
     @property
     def updates(self) -> int:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainer import progress
+from trainer import bounds, progress
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class CriticOptim:
     """Adam's betas of the discriminator; (0, 0.99) is the habit of StyleGAN and R3GAN."""
     clip: float | None = None
     """Largest gradient norm of the discriminator."""
+
+    def __post_init__(self) -> None:
+        bounds.above_zero(self, "lr", "clip")
+        if self.betas is not None:
+            _check_betas(self.betas)
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled for adamw, L2 for adam and sgd."""
     warmup: int = 0
-    """Images over which the rate rises linearly from 0."""
+    """Images over which the rate rises linearly from 0; 0 starts in full."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the decay down to `floor` at the end of the budget."""
     hold: float = 0.5
@@ -52,13 +57,20 @@ class OptimConfig:
     discriminator: CriticOptim = field(default_factory=CriticOptim)
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "ema_ramp"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be above 0")
+        bounds.above_zero(self, "lr", "eps", "ema_ramp")
+        bounds.at_least(0, self, "weight_decay", "warmup", "ema_half_life")
+        _check_betas(self.betas)
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor: {self.floor} is a share of lr, 0 <= floor <= 1")
         if not 0 <= self.hold < 1:
             raise ValueError(f"hold: {self.hold} is a share of the budget, 0 <= hold < 1")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip: {self.clip} must be above 0; null switches clipping off")
+
+
+def _check_betas(betas: tuple[float, float]) -> None:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: {list(betas)} are shares of the old moments, 0 <= beta < 1 each")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trainer import bounds
 from trainer.losses import adversarial, penalties
 from trainer.losses.augment import Policy, apply, draws
 from trainer.losses.balance import Term
@@ -19,19 +20,29 @@ class CriticConfig:
 
     loss: Literal["non_saturating", "hinge", "least_squares", "wasserstein", "relativistic"] = "relativistic"
     """non_saturating: Goodfellow et al. 2014. hinge: Lim and Ye 2017. least_squares: Mao et al. 2017. wasserstein:
-    Arjovsky et al. 2017, with gradient_penalty. relativistic: pairs, Huang et al. 2024 (R3GAN), with r1 and r2."""
+    Arjovsky et al. 2017, with gradient_penalty, r1 or r2: without one nothing bounds it. relativistic: pairs, Huang et
+    al. 2024 (R3GAN), with r1 and r2."""
     r1: float = 0.0
     """gamma of gamma/2 |grad D(real)|^2 (Mescheder et al. 2018), summed over the image's elements in [-1, 1]."""
     r2: float = 0.0
     """gamma of gamma/2 |grad D(fake)|^2."""
     gradient_penalty: float = 0.0
-    """lambda of lambda (|grad D(mix)| - 1)^2 (Gulrajani et al. 2017); 10 in the paper."""
+    """lambda of lambda (|grad D(mix)| - 1)^2 (Gulrajani et al. 2017); 10 in the paper. Mixes of each real image with
+    every generated one of its row (reconstruction and prior sample count half each), before augmentation."""
     penalty_interval: int = 0
     """Images from one penalty to the next (a multiple of the batch); each is then as many times as large, so the pull
     over time is the same (Karras et al. 2020). No learning rate is corrected: the penalty shares the loss's update. 0:
     always."""
     augment: tuple[Policy, ...] = ()
     """Differentiable augmentation of real and fake in both phases (Zhao et al. 2020): color, translation, cutout."""
+
+    def __post_init__(self) -> None:
+        bounds.at_least(0, self, "r1", "r2", "gradient_penalty", "penalty_interval")
+        if self.loss == "wasserstein" and not (self.r1 or self.r2 or self.gradient_penalty):
+            raise ValueError(
+                "loss: wasserstein has no bound without a penalty; set gradient_penalty (10 in Gulrajani et al. 2017), "
+                "r1 or r2"
+            )
 
     def check(self, *, batch: int) -> None:
         """ValueError where the interval is no multiple of the batch."""
@@ -54,7 +65,8 @@ class Critic:
     def discriminate(self, run: Run, real: Tensor, fakes: Sequence[Tensor]) -> dict[str, Term]:
         """The discriminator's terms, each real image against its own row of every tensor in `fakes`, (B, C, H, W) each.
 
-        The penalties differentiate the forward that the loss uses, at the images before augmentation."""
+        R1 and R2 differentiate the forward that the loss uses, augmentation included, at the images before it. The
+        gradient penalty has a forward of its own, at mixes of the images before augmentation and not augmented."""
         config = self.config
         now = run.images // self.batch % self.lazy == 0
         r1, r2, gp = (now and weight > 0 for weight in (config.r1, config.r2, config.gradient_penalty))
@@ -68,8 +80,10 @@ class Critic:
                 out |= {"r1": squares[: len(real)]} if r1 else {}
                 out |= {"r2": squares[len(real) :]} if r2 else {}
             if gp:
-                mix = run.uniform("critic/mix")
-                out["gradient_penalty"] = penalties.wasserstein(network, real, fakes[0].detach(), mix)
+                mix = run.uniform("critic/mix", (len(fakes),)).T.flatten()  # a draw for each fake of a row
+                out["gradient_penalty"] = penalties.wasserstein(
+                    network, torch.cat([real] * len(fakes)), torch.cat(list(fakes)), mix
+                )
             return out
 
         out = run("discriminator", judge, exact=r1 or r2 or gp)
@@ -87,7 +101,8 @@ class Critic:
         if r2:
             terms["r2"] = Term(_mean_over_fakes(out.r2, len(real)), weight=0.5 * config.r2 * self.lazy)
         if gp:
-            terms["gradient_penalty"] = Term(out.gradient_penalty, weight=config.gradient_penalty * self.lazy)
+            values = _mean_over_fakes(out.gradient_penalty, len(real))
+            terms["gradient_penalty"] = Term(values, weight=config.gradient_penalty * self.lazy)
         return terms
 
     def fool(self, run: Run, real: Tensor, fakes: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from trainer import progress
+from trainer import bounds, progress
 from trainer.data import Batch
 from trainer.losses.balance import Balance, BalanceConfig, Term
 from trainer.losses.divergence import free_bits, kl, kl_per_dimension
@@ -34,6 +34,9 @@ class KLConfig:
     2019)."""
     free_bits: float = 0.0
     """Nats a latent dimension that cost nothing (Kingma et al. 2016)."""
+
+    def __post_init__(self) -> None:
+        bounds.at_least(0, self, "weight", "warmup", "free_bits")
 
     def weight_at(self, images: int) -> float:
         """beta at `images` images seen."""

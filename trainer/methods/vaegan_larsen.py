@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from trainer import bounds
 from trainer.data import Batch
 from trainer.losses.balance import Balance, BalanceConfig, Term
 from trainer.methods.critic import Critic, CriticConfig
@@ -49,6 +50,11 @@ class VAEGANLarsenConfig:
     makes it small."""
 
     def __post_init__(self) -> None:
+        bounds.at_least(0, self, "layer", "gamma")
+        judge = self.discriminator
+        stages = len(judge.multipliers) if isinstance(judge, GlobalDiscriminatorConfig) else judge.layers + 1
+        if self.layer >= stages:
+            raise ValueError(f"layer: {self.layer} is no stage of a discriminator of {stages}; 0 to {stages - 1}")
         mine, other = self.encoder, self.decoder
         same = (mine.latent, mine.latent_shape, mine.factor if mine.latent_shape == "map" else 0)
         if same != (other.latent, other.latent_shape, other.factor if other.latent_shape == "map" else 0):
