@@ -26,11 +26,34 @@ def forbid_unknown(root: type) -> None:
 
 def explain(error: ValidationError, root: type, *, source: str, overrides: dict[str, str]) -> str:
     """All of pydantic's complaints, each as `file: key: what is wrong; nearest key`, joined by semicolons."""
-    return "; ".join(_one(detail, root, source=source, overrides=overrides) for detail in error.errors())
+    details = _told_once([(detail, *_key_path(detail["loc"], root)) for detail in error.errors()])
+    said = (_one(detail, path, root, source=source, overrides=overrides) for detail, path in details)
+    return "; ".join(said)
 
 
-def _one(detail: Any, root: type, *, source: str, overrides: dict[str, str]) -> str:
-    path = _without_tags(detail["loc"], root)
+def _told_once(details: list[tuple[Any, list[str], int]]) -> list[tuple[Any, list[str]]]:
+    """Of the members of a plain union such as int | tuple, each of which refuses the value, those that came furthest;
+    what they say of one key is one complaint. details: the complaint, its path, how much of the path is the union's (0:
+    none)."""
+    furthest: dict[tuple[str, ...], int] = {}
+    for _, path, depth in details:
+        if depth:
+            union = tuple(path[:depth])
+            furthest[union] = max(furthest.get(union, 0), len(path))
+    told: dict[tuple[str, ...], tuple[Any, list[str]]] = {}
+    for number, (detail, path, depth) in enumerate(details):
+        if depth and len(path) < furthest[tuple(path[:depth])]:
+            continue
+        name = tuple(path) if depth else (str(number),)
+        if name in told:
+            said = f"{told[name][0]['msg']} or {_lower(detail['msg'])}"
+            told[name] = (detail | {"msg": said}, path)
+        else:
+            told[name] = (detail, path)
+    return list(told.values())
+
+
+def _one(detail: Any, path: list[str], root: type, *, source: str, overrides: dict[str, str]) -> str:
     if detail["type"] == "value_error":  # a __post_init__, whose text begins with the field
         path.append(str(detail["ctx"]["error"]).partition(":")[0])
     key = ".".join(path)
@@ -50,25 +73,37 @@ def _one(detail: Any, root: type, *, source: str, overrides: dict[str, str]) -> 
         return f"{where}: {key}.kind: no {tag!r} here, only {expected}{hint}"
     if kind == "value_error":
         return f"{where}: {'.'.join([*path[:-1], str(detail['ctx']['error'])])}"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
     value = detail["input"]
     shown = "" if isinstance(value, (dict, list)) else f", not {value!r}"
-    return f"{where}: {key}: {message}{shown}"
+    if kind.startswith("int_") and isinstance(value, float) and value.is_integer():
+        shown += f"; write {value:.0f}"  # 1e3 is no whole number in YAML
+    return f"{where}: {key}: {_lower(detail['msg'])}{shown}"
 
 
-def _without_tags(loc: tuple[str | int, ...], root: type) -> list[str]:
-    """pydantic's location without the tags of unions that it puts between a key and the next."""
+def _lower(message: str) -> str:
+    return message[0].lower() + message[1:]
+
+
+def _key_path(loc: tuple[str | int, ...], root: type) -> tuple[list[str], int]:
+    """pydantic's location without the tags of unions that it puts between a key and the next, and how many parts of it
+    lead to a union of plain types, such as int | tuple (0: none)."""
     path: list[str] = []
+    depth = 0
     members: tuple[Any, ...] = (root,)
     for part in loc:
         tags = {getattr(member, "kind", None) for member in members}
         if len(members) > 1 and part in tags:
             members = tuple(member for member in members if getattr(member, "kind", None) == part)
             continue
+        if isinstance(part, str) and members and not any(dataclasses.is_dataclass(member) for member in members):
+            depth = len(path)  # a tag such as "int"
+            continue
         path.append(str(part))
+        if isinstance(part, int):
+            continue
         hints = [typing.get_type_hints(m).get(str(part)) for m in members if dataclasses.is_dataclass(m)]
         members = tuple(member for hint in hints if hint is not None for member in _members(hint))
-    return path
+    return path, depth
 
 
 def _nearest(path: list[str], root: type) -> str:
