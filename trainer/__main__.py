@@ -3,6 +3,7 @@
 Trains one run. Started by `tandem train`, `accelerate launch`, torchrun, or plain `python -m trainer`.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def arguments(argv: list[str]) -> tuple[Path | None, list[str], bool]:
     """(config file, overrides as key=value, whether help is wanted)."""
     wants_help = bool({"-h", "--help"} & set(argv))
     words = [word for word in argv if word not in ("-h", "--help")]
-    path = Path(words[0]) if words and not words[0].startswith("--") and "=" not in words[0] else None
+    path = Path(words[0]) if words and _is_file(words[0]) else None
     rest, overrides = words[1:] if path is not None else words, []
     while rest:
         word = rest.pop(0)
@@ -33,6 +34,16 @@ def arguments(argv: list[str]) -> tuple[Path | None, list[str], bool]:
         key, equals, value = word.partition("=")
         overrides.append(f"{key.removeprefix('--').replace('-', '_')}{equals}{value}")
     return path, overrides, wants_help
+
+
+def _is_file(word: str) -> bool:
+    """Whether a command's first word is the config's file, which may lie in a folder such as lr=1e-3."""
+    if word.startswith("--"):
+        return False
+    key, equals, _ = word.partition("=")
+    if not equals or Path(word).is_file():
+        return True
+    return word.endswith((".yaml", ".yml")) and not re.fullmatch(r"[\w.-]+", key)
 
 
 def main(argv: list[str]) -> int:
