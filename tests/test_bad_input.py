@@ -236,7 +236,7 @@ def test_a_disk_without_room_is_refused_before_the_first_step_with_both_numbers(
 ) -> None:
     config = write_config(tmp_path / "run.yaml", "vae", data=few)
     said = starts.train(tmp_path / "logs", str(config), f"run={small_disk / 'run'}").wait()
-    line = said.refused("room for", "checkpoints (keep_last + 1)", "MB", "lower keep_last")
+    line = said.refused("room for", "22 checkpoints (keep_last 20 + the best", "MB", "lower keep_last")
     assert "3.1 MB" in line  # 3 MiB
     assert saved(small_disk / "run") == []
 

@@ -1,6 +1,7 @@
 """`tandem check CONFIG`: the figures are those of the networks, and nothing is left behind."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,26 @@ def test_torch_and_the_random_state_are_as_they_were(few: Path, tmp_path: Path) 
     before = torch.get_rng_state()
     figures(write_config(tmp_path / "run.yaml", "gan", data=few))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_lazy_penalty_costs_its_share_of_an_update(few: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", "gan", data=few)
+    always, lazy, never = (
+        number(figures(config, *words)["cost"], r"([\d.,]+) MFLOPs")
+        for words in (["method.critic.penalty_interval=0"], [], ["method.critic.r1=0", "method.critic.r2=0"])
+    )
+    assert always > never
+    assert lazy == pytest.approx((always + never) / 2, abs=0.11)  # every second update; figures have one decimal
+
+
+def test_a_disk_without_room_for_the_runs_checkpoints_is_told(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path / "run.yaml", "vae", data=few, checkpoint={"keep_last": 2})
+    said = figures(config)["a checkpoint"]
+    size, needed = number(said, r"^([\d.,]+) MB"), number(said, r"needs ([\d.,]+) MB")
+    assert needed == pytest.approx(4 * size, abs=0.25)  # two, the best, and the one being written
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(3.5e6 * size)))
+    with pytest.raises(ValueError, match=r"4 checkpoints \(keep_last 2 \+ the best"):
+        figures(config)

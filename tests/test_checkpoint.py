@@ -282,7 +282,7 @@ def test_a_damaged_path_is_refused_and_another_run_is_left_alone(tmp_path: Path)
 def test_retention_keeps_the_last_the_best_and_the_marked(tmp_path: Path) -> None:
     losses = {1: 0.9, 2: 0.1, 3: 0.8, 4: 0.7, 5: 0.6, 6: 0.5}
     paths = {images: save(tmp_path, images, loss=loss) for images, loss in losses.items()}
-    checkpoint.mark(paths[1])
+    (paths[1] / "KEEP").touch()
     removed = checkpoint.retain(tmp_path, keep_last=2, best="metrics.loss")
     assert removed == [paths[4], paths[3]]
     assert names(tmp_path) == [paths[i].name for i in (1, 2, 5, 6)]
@@ -319,8 +319,10 @@ def test_too_little_room_is_told_with_both_numbers(tmp_path: Path) -> None:
     free = os.statvfs(tmp_path)
     size = free.f_bavail * free.f_frsize
     with pytest.raises(ValueError, match=r"room for [\d.]+ MB, but 3 checkpoints .* need [\d.]+ MB"):
-        checkpoint.room_for(tmp_path, size, keep_last=2)
-    checkpoint.room_for(tmp_path, size // 100, keep_last=2)
+        checkpoint.room_for(tmp_path, size, keep_last=2, keep_best=False)
+    with pytest.raises(ValueError, match=r"but 4 checkpoints \(keep_last 2 \+ the best \+ the one being written\)"):
+        checkpoint.room_for(tmp_path, size, keep_last=2, keep_best=True)
+    checkpoint.room_for(tmp_path, size // 100, keep_last=2, keep_best=True)
     assert names(tmp_path) == []
 
 
@@ -334,7 +336,7 @@ def test_the_expected_size_is_at_least_the_true_one_and_close(tmp_path: Path) ->
 def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="the run's folder cannot be written") as caught:
-        checkpoint.room_for(tmp_path / "file" / "run", 1, keep_last=1)
+        checkpoint.room_for(tmp_path / "file" / "run", 1, keep_last=1, keep_best=True)
     assert caught.value.filename == str(tmp_path / "file" / "run" / "checkpoints")
 
 
@@ -360,10 +362,12 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(small_disk: Pa
     assert caught.value.filename == str(small_disk / "checkpoints" / "000000000128")
     assert listing(small_disk) == before and names(small_disk) == [good.name]
     assert checkpoint.choose(small_disk, "auto") == good
-    checkpoint.room_for(small_disk, 400_000, keep_last=1)  # what the run's own checkpoint holds will be free
-    checkpoint.mark(good)
+    checkpoint.room_for(
+        small_disk, 400_000, keep_last=1, keep_best=False
+    )  # what the run's own checkpoint holds will be free
+    (good / "KEEP").touch()
     with pytest.raises(ValueError, match=r"room for 0\.7 MB, but 2 checkpoints .* of 0\.4 MB need 0\.8 MB"):
-        checkpoint.room_for(small_disk, 400_000, keep_last=1)
+        checkpoint.room_for(small_disk, 400_000, keep_last=1, keep_best=False)
 
 
 def test_a_file_limit_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path) -> None:

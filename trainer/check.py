@@ -130,13 +130,14 @@ def check(config: Config, *, world: int) -> dict[str, str]:
         run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
         parameters = [p for network in networks.values() for p in network.parameters()]
 
-        saved, batches = SavedBytes(parameters), train.batches(0)
+        saved, batches, costs = SavedBytes(parameters), train.batches(0), list[int]()
         for update in range(2):
             given = to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed)
             parts = build.split(given, micro_batches)
             images = _late(config, method) + update * config.batch
             with Flops() as flops, saved_tensors_hooks(saved.pack, saved.unpack):
                 train_step(method, engines, parts, run, images=images, batch=config.batch, ranks=ranks)
+            costs.append(flops.total)
         losses = means(run.kept, ranks)
         state = sum(_bytes(engine.export()) for engine in engines.values())
         gradients = sum(p.numel() * p.element_size() for p in parameters)
@@ -154,7 +155,7 @@ def check(config: Config, *, world: int) -> dict[str, str]:
             "budget": f"{config.images:,} images, {config.updates:,} updates, "
             f"{config.images / train.samples:.1f} epochs",
             "an epoch": f"{train.samples:,} images; {test.samples:,} to test on",
-            "cost": f"{flops.total / share / 1e6:,.1f} MFLOPs an image, forward and backward of all phases",
+            "cost": _cost(costs, lazy=_lazy(method), share=share),
             "memory a rank": f"{(state + gradients + saved.peak) / 1e6:,.1f} MB: state {state / 1e6:,.1f}, "
             f"gradients {gradients / 1e6:,.1f}, activations {saved.peak / 1e6:,.1f}",
             "two updates": ", ".join(
@@ -179,11 +180,23 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{plural}"
 
 
+def _lazy(method: Method) -> int:
+    """Updates from one penalty to the next."""
+    critic = getattr(method, "critic", None)
+    return 1 if critic is None else int(critic.lazy)
+
+
 def _late(config: Config, method: Method) -> int:
     """Images seen at which every phase and term takes part: past all ramps, and a penalty in the first update."""
-    critic = getattr(method, "critic", None)
-    period = config.batch * (critic.lazy if critic is not None else 1)
+    period = config.batch * _lazy(method)
     return -(-config.images // period) * period
+
+
+def _cost(updates: list[int], *, lazy: int, share: int) -> str:
+    """updates: operations of one with the penalties and of the next, which has none where the interval is longer."""
+    total = (updates[0] + (lazy - 1) * updates[1]) / lazy
+    note = f"; the mean of {lazy} updates, one of them with penalties" if lazy > 1 else ""
+    return f"{total / share / 1e6:,.1f} MFLOPs an image, forward and backward of all phases{note}"
 
 
 def _bytes(groups: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -201,4 +214,9 @@ def _try_checkpoint(config: Config, ranks: Ranks, engines: Mapping[str, Engine],
         assert saver.path is not None
         checkpoint.load(saver.path)
         size = sum(path.stat().st_size for path in saver.path.iterdir())
-    return f"{size / 1e6:,.1f} MB, written and read; room for {config.checkpoint.keep_last + 1} of them is needed"
+    kept = config.checkpoint
+    needed, room = checkpoint.needs(config.run, size, keep_last=kept.keep_last, keep_best=kept.keep_best)
+    return (
+        f"{size / 1e6:,.1f} MB, written and read; the run needs {needed / 1e6:,.1f} MB for its checkpoints, "
+        f"there are {room / 1e6:,.1f} MB"
+    )

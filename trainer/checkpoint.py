@@ -5,7 +5,7 @@
         state.json                           exact: floats round-trip, NaN is refused
         config.yaml                          the resolved configuration of the run
         manifest.json                        written last: size and sha256 of every file
-        KEEP                                 there if retention must leave it alone (`mark`, or `touch` by hand)
+        KEEP                                 there if retention must leave it alone (`touch` it by hand)
 
 A checkpoint is written into a hidden folder beside its final place, every file is flushed to the disk, the folder is
 renamed, and the parent is flushed: a kill at any moment leaves the older checkpoints and at most a hidden folder,
@@ -212,39 +212,40 @@ def retain(folder: Path, *, keep_last: int, best: str | None = None, higher_is_b
     return removed
 
 
-def mark(path: Path) -> None:
-    """Makes retention keep this checkpoint for ever; `rm KEEP` in the folder undoes it."""
-    (path / "KEEP").touch()
-    flush(path)
-
-
 def size_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
     """Bytes on disk of a checkpoint of these tensors, a little above the truth: data, headers, 1 MB for the rest."""
     return 1_000_000 + sum(t.numel() * t.element_size() + 256 for group in tensors.values() for t in group.values())
 
 
-def room_for(folder: Path, size_bytes: int, keep_last: int) -> None:
-    """ValueError, with both numbers, unless the disk takes `keep_last` + 1 checkpoints.
-
-    An old one is removed only after the new one is complete, hence + 1. Room that the run's own checkpoints hold, but
-    for the marked ones, counts as free. OSError, naming the folder, if it cannot be written.
-    """
-    place = folder / FOLDER
-    probe = place / f"{TEMPORARY[0]}probe-{os.getpid()}"
+def room_for(folder: Path, size_bytes: int, *, keep_last: int, keep_best: bool) -> None:
+    """ValueError as `needs` has it. OSError, naming the folder, if it cannot be written."""
+    probe = folder / FOLDER / f"{TEMPORARY[0]}probe-{os.getpid()}"
     try:
         probe.mkdir(parents=True)
         probe.rmdir()
     except OSError as error:
         advice = f"the run's folder cannot be written ({error.strerror}); choose another `run`"
-        raise OSError(error.errno or errno.EIO, advice, str(place)) from error
+        raise OSError(error.errno or errno.EIO, advice, str(probe.parent)) from error
+    needs(folder, size_bytes, keep_last=keep_last, keep_best=keep_best)
+
+
+def needs(folder: Path, size_bytes: int, *, keep_last: int, keep_best: bool) -> tuple[int, int]:
+    """(bytes that the run's checkpoints take at most, bytes that there are for them); changes nothing on disk.
+
+    ValueError, with both numbers, where there are too few. An old one is removed only after the new one is complete,
+    hence one more than are kept. What the run's own hold, but for the marked ones, counts as room."""
+    place = folder / FOLDER
     ours = [path for path in entries(place) if not ASIDE.fullmatch(path.name) and not (path / "KEEP").exists()]
-    held = sum(file.stat().st_size for path in ours for file in entries(path))
-    room, needed = shutil.disk_usage(place).free + held, (keep_last + 1) * size_bytes
+    there = next(path for path in (place, *place.absolute().parents) if path.is_dir())
+    room = shutil.disk_usage(there).free + sum(file.stat().st_size for path in ours for file in entries(path))
+    needed = (count := keep_last + keep_best + 1) * size_bytes
     if room < needed:
         raise ValueError(
-            f"checkpoint: {place} has room for {room / 1e6:.1f} MB, but {keep_last + 1} checkpoints (keep_last + 1) of "
-            f"{size_bytes / 1e6:.1f} MB need {needed / 1e6:.1f} MB; lower keep_last or choose another `run`"
+            f"checkpoint: {place} has room for {room / 1e6:.1f} MB, but {count} checkpoints (keep_last {keep_last}"
+            f"{' + the best' * keep_best} + the one being written) of {size_bytes / 1e6:.1f} MB need {needed / 1e6:.1f} MB; lower keep_last "
+            "or choose another `run`"
         )
+    return needed, room
 
 
 def _named(folder: Path, path: Path, *, own: list[Path], aside: list[Path], log: Callable[[str], None]) -> Path:
