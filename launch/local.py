@@ -101,6 +101,16 @@ def environment(*, processes: int, server: socket.socket, failures: Path) -> dic
     return shared
 
 
+def python(module: str) -> list[str]:
+    """What begins the command line that runs `module` of the code that runs now.
+
+    `python -m` looks into the current folder first, where a project may have a trainer.py or tools/ of its own; -P
+    would forbid that, but for Python 3.10."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = f"import sys; sys.path[:] = [p for p in sys.path if p]; {root!r} in sys.path or sys.path.insert(0, {root!r})"
+    return [sys.executable, "-c", f"{path}; import runpy; runpy.run_module({module!r}, None, '__main__', True)"]
+
+
 def start(command: Sequence[str], *, rank: int, shared: dict[str, str], server: socket.socket) -> Worker:
     """Starts one rank, in a session of its own, so that the terminal's Ctrl-C reaches it only through us."""
     variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -193,7 +203,7 @@ def launch(module: str, arguments: Sequence[str], *, processes: int, port: int =
     Returns 0, the exit code of the rank that failed first (its message is the only one printed), or 130 after a Ctrl-C
     and 143 after a SIGTERM that stopped the run.
     """
-    command = [sys.executable, "-m", "launch.worker", module, *arguments]
+    command = [*python("launch.worker"), module, *arguments]
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder, listen(port) as server:
         try:
@@ -215,7 +225,7 @@ def become_trainer(arguments: Sequence[str]) -> NoReturn:
     """Replaces this process by the trainer: with one rank there is nothing to launch."""
     os.environ.update(thread_environment(processes=1))
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "trainer", *arguments])
+    os.execv(sys.executable, [*python("trainer"), *arguments])
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What `launch.local` starts for each rank: `python -m launch.worker MODULE [argument ...]` runs MODULE's main."""
+"""What `launch.local` starts for each rank: `launch.worker MODULE [argument ...]` runs MODULE's main."""
 
 import ctypes
 import importlib
