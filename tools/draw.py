@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from trainer.data import Stream, to_device, to_uint8
-from trainer.generate import Trained, load
+from trainer.generate import Trained, home, load
 from trainer.pictures import Picture, grid, pairs, write_png
 
 DEFAULT_OUT = "RUN/pictures/{}.png"
@@ -37,13 +37,9 @@ def reconstruct(argv: list[str]) -> int:
         "Draws test images over their reconstructions from the posterior mean.",
         "tandem reconstruct runs/vaegan_fashion --count 24 --data data/fashion-mnist",
     )
-    parser.add_argument(
-        "--count", type=int, default=48, metavar="N", help="the first of the split (default: 48)"
-    )
+    parser.add_argument("--count", type=int, default=48, metavar="N", help="the first of the split (default: 48)")
     parser.add_argument("--columns", type=int, default=12, metavar="N", help="images a row (default: 12)")
-    parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="shards (default: the run's own)"
-    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="shards (default: the run's own)")
     parser.add_argument("--split", default="test", metavar="NAME", help="train or test (default: test)")
     options = parser.parse_args(argv)
     _positive(options.count, "--count")
@@ -70,9 +66,7 @@ def interpolate(argv: list[str]) -> int:
         "tandem interpolate runs/vaegan_fashion --rows 8 --steps 12",
     )
     parser.add_argument("--rows", type=int, default=6, metavar="N", help="walks (default: 6)")
-    parser.add_argument(
-        "--steps", type=int, default=12, metavar="N", help="images a walk, ends included (default: 12)"
-    )
+    parser.add_argument("--steps", type=int, default=12, metavar="N", help="images a walk, ends included (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="of the latents at the ends")
     options = parser.parse_args(argv)
     _positive(options.rows, "--rows")
@@ -106,12 +100,7 @@ def _positive(value: int, name: str) -> None:
 def _write(options: argparse.Namespace, verb: str, draw: Callable[[Trained], Picture], what: str) -> int:
     run = load(options.run)
     # the name of the default tells nothing of the seed, so the newest drawing takes its place
-    path = options.out or _home(run) / "pictures" / f"{verb}.png"
+    path = options.out or home(run.path) / "pictures" / f"{verb}.png"
     write_png(path, draw(run), overwrite=options.overwrite or options.out is None)
     print(f"{path}: {what}, by {run.path} ({run.images:,} images seen)")
     return 0
-
-
-def _home(run: Trained) -> Path:
-    """The folder of the run that a checkpoint lies in."""
-    return run.path.parent.parent

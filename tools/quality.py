@@ -214,7 +214,7 @@ def main(argv: list[str]) -> int:
             seed=chosen.seed,
             likelihood=getattr(model.method, "likelihood", None),
         )
-        path = model.path.parent.parent / "quality.json"
+        path = generate.home(model.path) / "quality.json"
         write(path, found, images=model.images, seed=chosen.seed, network=fashion_cnn.NAME, network_sha256=facts.sha256)
         print(f"wrote {path}", flush=True)
         rows[str(run)] = found

@@ -84,6 +84,7 @@ def write(path: Path, quality: Quality, **facts: Any) -> None:
     for key in ("texture_samples", "texture_reconstructions"):
         ratios = getattr(quality, key)
         figures[key] = None if ratios is None else ratios._asdict()
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     durable.write_text(aside, json.dumps({**facts, **figures}, indent=1) + "\n")
     aside.rename(path)

@@ -1,7 +1,7 @@
 """A trained run as something that samples, reconstructs and measures: averaged weights, no optimiser."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,9 @@ from trainer import config as configuration
 from trainer.config import Config
 from trainer.data import Batch
 from trainer.evaluate import elbo
+from trainer.losses.perceptual import NoPerceptualConfig
 from trainer.methods import Method
+from trainer.methods.vaegan import VAEGANConfig
 from trainer.resume import match
 
 
@@ -63,7 +65,7 @@ def load(run: Path, *, device: torch.device | None = None) -> Trained:
     source = str(path / "config.yaml")
     config = configuration.parse(config_yaml.loads(found.config_text, source=source), source=source)
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = build.build_method(config, device=place)
+    method = build.build_method(_without_losses(config), device=place)
     networks = build.build_networks(method, seed=config.seed)
     for name, network in networks.items():
         tensors = found.tensors.get(f"{name}.ema", found.tensors.get(name, {}))
@@ -73,3 +75,18 @@ def load(run: Path, *, device: torch.device | None = None) -> Trained:
     classes = found.state["classes"]
     assert isinstance(classes, list)
     return Trained(path, found.images, config, method, networks, tuple(map(str, classes)), place)
+
+
+def home(path: Path) -> Path:
+    """Where what is made of a checkpoint goes: its run's folder, or NAME.results beside one that lies alone."""
+    if path.parent.name == checkpoint.FOLDER:
+        return path.parent.parent
+    path = path.resolve()
+    return path.parent.parent if path.parent.name == checkpoint.FOLDER else path.with_name(f"{path.name}.results")
+
+
+def _without_losses(config: Config) -> Config:
+    """Without the frozen network of a loss, whose weights a machine that only samples need not have."""
+    if not isinstance(config.method, VAEGANConfig):
+        return config
+    return replace(config, method=replace(config.method, perceptual=NoPerceptualConfig()))
