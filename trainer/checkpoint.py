@@ -242,8 +242,8 @@ def needs(folder: Path, size_bytes: int, *, keep_last: int, keep_best: bool) -> 
     if room < needed:
         raise ValueError(
             f"checkpoint: {place} has room for {room / 1e6:.1f} MB, but {count} checkpoints (keep_last {keep_last}"
-            f"{' + the best' * keep_best} + the one being written) of {size_bytes / 1e6:.1f} MB need {needed / 1e6:.1f} MB; lower keep_last "
-            "or choose another `run`"
+            f"{' + the best' * keep_best} + the one being written) of {size_bytes / 1e6:.1f} MB need "
+            f"{needed / 1e6:.1f} MB; lower keep_last or choose another `run`"
         )
     return needed, room
 
