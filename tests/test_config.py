@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer import config as configuration
@@ -416,6 +416,8 @@ def test_any_values_survive_the_round_trip_through_a_saved_config(
     | st.none()
     | st.text(max_size=20)
 )
+@example(value="a\x85b")
+@example(value=" \u2028\u2029")
 def test_yaml_takes_back_the_value_that_it_wrote(value: Any) -> None:
     text = config_yaml.write({"key": value})
     try:
