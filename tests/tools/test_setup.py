@@ -77,6 +77,39 @@ def test_an_environment_is_up_to_date_until_what_it_was_made_for_changes(setup: 
     assert not setup.up_to_date(gpu=False)
 
 
+@pytest.mark.parametrize("text", ["", '{"files": "ab', "null", "\x00\x00", "[1]"])
+def test_a_stamp_that_was_cut_short_sets_up_again(text: str, setup: ModuleType) -> None:
+    setup.PYTHON.parent.mkdir(parents=True)
+    setup.PYTHON.touch()
+    setup.STAMP.write_text(text)
+    assert not setup.up_to_date(gpu=False)
+    setup.STAMP.write_bytes(b"\xff\xfe")
+    assert not setup.up_to_date(gpu=False)
+
+
+def test_a_stamp_is_there_whole_or_not_at_all(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup.VENV.mkdir()
+    setup.write_stamp(gpu=False)
+    assert json.loads(setup.STAMP.read_text()) == setup.fingerprint(gpu=False)
+    before = setup.STAMP.read_bytes()
+
+    def half(path: Path, text: str) -> None:
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        setup.write_stamp(gpu=True)
+    assert setup.STAMP.read_bytes() == before
+
+
+def test_types_are_checked_for_the_oldest_python_that_is_promised(setup: ModuleType) -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    (promised,) = re.findall(r'^requires-python = ">=([0-9.]+)"', text, re.MULTILINE)
+    (checked,) = re.findall(r'^python_version = "([0-9.]+)"', text, re.MULTILINE)
+    assert checked == promised == ".".join(map(str, setup.OLDEST_PYTHON))
+
+
 def test_without_a_gpu_no_cuda_build_is_asked_for_while_a_cpu_build_may_be_had(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,16 @@ def fingerprint(gpu: bool) -> "dict[str, str]":
 
 
 def up_to_date(gpu: bool) -> bool:
-    return PYTHON.exists() and STAMP.exists() and json.loads(STAMP.read_text()) == fingerprint(gpu)
+    try:
+        return PYTHON.exists() and json.loads(STAMP.read_text()) == fingerprint(gpu)
+    except (FileNotFoundError, ValueError):  # ValueError: cut short
+        return False
+
+
+def write_stamp(gpu: bool) -> None:
+    aside = STAMP.with_suffix(".new")  # a disk that fills up now must not leave half a stamp
+    aside.write_text(json.dumps(fingerprint(gpu), indent=1))
+    aside.replace(STAMP)
 
 
 # ------------------------------------------------------------------------------------------------------- the stages
@@ -248,7 +257,7 @@ def set_up() -> None:
     stage(3, "the tested set of packages, and the project itself")
     install_project(constraints=constraints)
     result = check_environment()
-    STAMP.write_text(json.dumps(fingerprint(gpu), indent=1))
+    write_stamp(gpu)
     say(f"ready in {time.monotonic() - started:.0f} s: {result}")
 
 
