@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from tests.parallel.cases import BATCH, METHODS, SIZE, Small, global_batch, make_config, small
 from trainer import build
+from trainer.health import NonFinite
 from trainer.kernels import noise
 from trainer.losses.balance import Term
 from trainer.parallel.config import DDPConfig
 from trainer.parallel.ranks import Ranks, start
+from trainer.phase import FOLD
 from trainer.step import means
 
 
@@ -195,6 +197,29 @@ def test_means_are_over_samples_and_leave_the_notes(ranks: Ranks) -> None:
     assert means(kept, ranks) == {"a": 3.0, "b": 2.0}
     assert means(kept, ranks) == {"a": 3.0, "b": 2.0}
     assert means({}, ranks) == {}
+
+
+def test_notes_of_patches_and_of_many_updates_take_little_memory_and_have_the_same_mean(ranks: Ranks) -> None:
+    run = small(make_config("gan", "sgd", 1, 1), ranks).run
+    updates, batch = 3 * FOLD + 5, 4
+    patches = torch.randn(updates, batch, 30, 30)
+    flags = (torch.arange(updates) % 7 == 0).float()
+    for logits, flag in zip(patches, flags, strict=True):
+        run.note("logits", logits)
+        run.note("rows", logits[:, 0, 0].clone())
+        run.note("skipped/generator", flag.clone())
+    found = means(run.kept, ranks)
+    assert found["logits"] == pytest.approx(float(patches.double().mean()), abs=1e-6)
+    assert found["rows"] == pytest.approx(float(patches[:, :, 0, 0].double().mean()), abs=1e-6)
+    watch = NonFinite(patience=2)
+    watch.look(run.kept, images=0)  # a row of skipped updates is still seen in its order
+    assert watch.export() == {"generator": int(flags.sum())}
+    storages = {
+        note.untyped_storage().data_ptr(): note.untyped_storage().nbytes()
+        for notes in run.kept.values()
+        for note in notes
+    }
+    assert sum(storages.values()) <= 3 * 4 * (3 * FOLD + 5 * batch)
 
 
 def test_a_phase_may_not_run_another_network_through_its_engine(ranks: Ranks) -> None:

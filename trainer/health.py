@@ -59,7 +59,7 @@ class NonFinite:
             if not name.startswith(self.PREFIX):
                 continue
             phase = name.removeprefix(self.PREFIX)
-            for skipped in torch.stack(notes).tolist():
+            for skipped in torch.cat([note.flatten() for note in notes]).tolist():
                 self._row[phase] = self._row.get(phase, 0) + 1 if skipped else 0
                 self.total[phase] = self.total.get(phase, 0) + int(skipped)
                 if self._row[phase] >= self.patience:

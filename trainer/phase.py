@@ -19,6 +19,7 @@ from trainer.losses.balance import Balance, Term
 from trainer.parallel.engine import Engine
 
 Outputs = dict[str, Tensor]
+FOLD = 256  # notes of a name that are held whole
 
 
 class Run:
@@ -141,8 +142,14 @@ class Run:
         return self._noise[key]
 
     def note(self, name: str, values: Tensor) -> None:
-        """A figure for the board, its mean is logged; costs nothing until then."""
-        self.kept.setdefault(name, []).append(values.detach())
+        """A figure for the board, () or (B, ...), whose mean is logged. In `kept` are (B,) values of it, the mean over
+        patches, and of former updates only their means, as (updates, B) views of one number a row."""
+        values = values.detach()
+        notes = self.kept.setdefault(name, [])
+        notes.append(values.flatten(1).mean(1) if values.dim() > 1 else values)
+        if len(notes) >= FOLD and notes[-FOLD].dim() < 2:  # the last ones are not folded yet
+            several = torch.stack(notes[-FOLD:]).view(FOLD, -1)
+            notes[-FOLD:] = [several.mean(1, keepdim=True).expand_as(several)]
 
     def _through(self, name: str, call: Tensor | Callable[[Any], Any], inputs: tuple[Any, ...], exact: bool) -> Outputs:
         with self.autocast(enabled=not exact):
