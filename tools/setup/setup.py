@@ -120,9 +120,8 @@ def up_to_date(gpu: bool) -> bool:
 
 
 def write_stamp(gpu: bool) -> None:
-    aside = STAMP.with_suffix(".new")  # a disk that fills up now must not leave half a stamp
-    aside.write_text(json.dumps(fingerprint(gpu), indent=1))
-    aside.replace(STAMP)
+    (aside := STAMP.with_suffix(".new")).write_text(json.dumps(fingerprint(gpu), indent=1))
+    aside.replace(STAMP)  # a disk that is full has not left half a stamp
 
 
 # ------------------------------------------------------------------------------------------------------- the stages
