@@ -32,10 +32,11 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = True
-    """Whether the checkpoint with the best evaluation (nll + kl where there is an ELBO) is kept too."""
+    """Whether the checkpoint with the best nll + kl on the test split is kept too, of those at whose images an
+    evaluation fell: let checkpoint.every be a multiple of log.evaluate_every. A method without an ELBO has no best."""
     resume: str = "auto"
     """auto: go on from the newest whole checkpoint of the run's folder, else begin. must: refuse to begin. never:
-    refuse to go on. Or the path of a checkpoint."""
+    refuse to go on. Or the path of a checkpoint: the run goes back to it, and newer ones are set aside."""
     init_from: Path | None = None
     """Checkpoint or run whose weights a new run begins with (fine-tuning); optimiser and clock start afresh."""
 
