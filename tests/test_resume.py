@@ -61,11 +61,11 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(
         started, before = starts.train(tmp_path / "logs", str(config), world=world), saved(run)
         if len(moments) < 4:
             if not moments:  # while it builds, reads, saves or trains for the first time
-                time.sleep(draw.uniform(0.0, 0.6))
+                time.sleep(draw.uniform(0.0, 0.3))
             else:  # after at least one further checkpoint, so that the run ends some day
                 while started.running() and saved(run) == before:
-                    time.sleep(0.002)
-                time.sleep(draw.uniform(0.0, 0.08))
+                    time.sleep(0.001)
+                time.sleep(draw.uniform(0.0, 0.03))
             kills += started.running()
             started.kill(only=draw.randrange(world))
             time.sleep(draw.uniform(0.0, 0.05))  # the other rank sees a peer that is gone
