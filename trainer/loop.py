@@ -6,6 +6,7 @@ from trainer import build, progress
 from trainer.board import open_board
 from trainer.config import Config
 from trainer.data import to_device
+from trainer.errors import to_stderr
 from trainer.evaluate import evaluate
 from trainer.gallery import Gallery
 from trainer.health import Collapse, NonFinite, Signals
@@ -78,6 +79,8 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
             scalars = means(run.kept, ranks) | speed.read(images)
             scalars |= {f"lr/{name}": engine.rate(images - config.batch) for name, engine in engines.items()}
             scalars["data/bad_samples"] = ranks.total(stream.bad)
+            for line in (*stream.news(), *test.news()):
+                terminal.note(line) if first else to_stderr(line)
             run.kept.clear()
             board.scalars(images, scalars)
             terminal.report(images, scalars)

@@ -1,6 +1,7 @@
 """The stream is exact: the same global batches for any world size, any start, from memory or from the shards."""
 
 import io
+import re
 import threading
 from collections.abc import Callable
 from itertools import islice
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from numpy.lib import format as npy_format
 from PIL import Image
 
+from tests import starts
+from tests.runs import write_config
 from trainer.data import RawBatch, ShardsConfig, Stream
 from trainer.data.source import Evaluation, Training
 
@@ -178,8 +181,10 @@ def test_the_count_is_of_what_was_delivered_and_names_the_samples(damaged: Path,
     assert one.bad == len(GARBAGE)
     next(batches)
     assert one.bad == 2 * len(GARBAGE)
-    assert [name.rpartition(" ")[2] for name in one.quarantined] == ["000004", "000005", "000016"]
-    assert all("no .npy" in why or "empty" in why for why in one.quarantined.values())
+    said = sorted(one.news())
+    assert [re.findall(r"\b\d{6}\b", line)[0] for line in said] == ["000004", "000005", "000016"]
+    assert all("no .npy" in line or "empty" in line for line in said)
+    assert one.news() == []  # once
 
 
 @pytest.mark.parametrize("cache", [0, 64])
@@ -334,3 +339,14 @@ def test_evaluations_that_end_early_leave_no_reader_behind(uneven: Path) -> None
     next(running)
     one.close()
     assert next(running, None) is None
+
+
+@pytest.mark.parametrize("cache", [0, 64])
+def test_a_run_names_each_bad_sample_once(tmp_path: Path, write_set: Callable[..., Path], cache: int) -> None:
+    write_set(tmp_path / "set", [20, 20], shape=(28, 28, 1), bad={4: b"not an image", 31: b""})
+    write_set(tmp_path / "set", [20], shape=(28, 28, 1), split="test")
+    config = write_config(tmp_path / "run.yaml", "vae", data=tmp_path / "set")
+    words = ("images=160", f"data.cache_mb={cache}", "data.max_bad_share=0.1")  # four epochs
+    said = starts.train(tmp_path / "logs", str(config), *words).wait().ok()
+    lines = [line for line in (said.out + said.err).splitlines() if "stands in" in line]
+    assert sorted(re.findall(r"\b\d{6}\b", line)[0] for line in lines) == ["000004", "000031"]

@@ -14,6 +14,8 @@ from trainer.data.order import Order
 from trainer.data.reader import Reader
 from trainer.data.source import Evaluation, Request, Training
 
+NAMED = 20  # bad samples that one call of `news` names
+
 
 class Stream:
     """One rank's view of a split. Which samples it gives at which position depends on (seed, shards, window) alone."""
@@ -43,6 +45,7 @@ class Stream:
         self.waited = 0.0
         """Seconds that the consumer waited for batches, since the stream was made."""
         self._reader = Reader(self.index, config)
+        self._told = 0  # bad samples that `news` has had
         # weak: an evaluation that its consumer leaves before the end takes its threads and batches with it
         self._open: weakref.WeakSet[Generator[RawBatch, None, None]] = weakref.WeakSet()
 
@@ -51,10 +54,16 @@ class Stream:
         """Samples in the batches given so far that were replaced because they could not be decoded."""
         return self._reader.replaced
 
-    @property
-    def quarantined(self) -> dict[str, str]:
-        """{shard and key: reason} of the bad samples that this rank has met."""
-        return {self.index.where(sample): why for sample, why in sorted(self._reader.quarantine.reasons.items())}
+    def news(self) -> list[str]:
+        """A line for each bad sample that this rank has met since the last call; NAMED of them by name.
+
+        Of a set in memory every rank has met the same: there only rank 0 speaks."""
+        found = list(self._reader.quarantine.reasons.items())[self._told :]
+        self._told += len(found)
+        if self.rank and self._reader.cached:
+            return []
+        lines = [f"{self.index.where(sample)}: {why}; the next good sample stands in" for sample, why in found[:NAMED]]
+        return lines + ([f"and {len(found) - NAMED:,} more bad samples"] if len(found) > NAMED else [])
 
     def batches(self, start: int) -> Iterator[RawBatch]:
         """This rank's share of every global batch from position `start` (images seen) on; endless."""
