@@ -11,12 +11,10 @@ from torch.nn import functional
 
 from trainer.losses import efficientnet, vgg
 from trainer.losses.perceptual import (
-    PERCEPTUAL,
     EfficientNetLite0Config,
     LPIPSVGGConfig,
     NoPerceptualConfig,
     Perceptual,
-    check_range,
 )
 
 
@@ -238,28 +236,12 @@ def test_a_missing_package_names_the_extra_and_an_altered_file_is_refused(
         EfficientNetLite0Config().build("cpu")
 
 
-@pytest.mark.parametrize(
-    ("image", "found"),
-    [
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
-        (torch.full((1, 3, 8, 8), 1.2), "1.2"),
-        (torch.full((1, 3, 8, 8), -128.0), "-128"),
-        (torch.full((1, 3, 8, 8), float("nan")), "nan"),
-    ],
-)
-def test_images_out_of_range_are_refused_by_name(image: Tensor, found: str) -> None:
-    with pytest.raises(ValueError, match=f"real: .*{found}"):
-        check_range(image, name="real")
-
-
-def test_images_in_range_pass_and_bytes_never_reach_the_network(lite0: Perceptual) -> None:
-    check_range(picture())
+def test_bytes_never_reach_the_network(lite0: Perceptual) -> None:
     with pytest.raises(ValueError, match="uint8"):
         lite0.distance(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="cannot be compared"):
         lite0.distance(picture(64), picture(65))
 
 
-def test_the_table_names_each_kind() -> None:
-    assert all(config.kind == kind for kind, config in PERCEPTUAL.items())
-    NoPerceptualConfig().build("cpu")
+def test_no_perceptual_loss_builds_nothing() -> None:
+    assert NoPerceptualConfig().build("cpu") is None  # type: ignore[func-returns-value]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trainer.metrics import psnr
+from trainer.metrics.spectrum import Texture
 
 
 def off_by(*errors: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,3 +52,19 @@ def test_values_beyond_the_range_count_as_a_viewer_sees_them() -> None:
 def test_what_cannot_be_compared_is_refused(x: torch.Tensor, y: torch.Tensor, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         psnr(x, y)
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
+        (torch.full((1, 3, 8, 8), 1.2), "1.2"),
+        (torch.full((1, 3, 8, 8), -128.0), "-128"),
+        (torch.full((1, 3, 8, 8), float("nan")), "nan"),
+    ],
+)
+def test_images_out_of_range_are_refused_with_what_was_found(image: torch.Tensor, found: str) -> None:
+    with pytest.raises(ValueError, match=f"psnr: .*{found}"):
+        psnr(torch.zeros(1, 3, 8, 8), image)
+    with pytest.raises(ValueError, match=f"spectrum: .*{found}"):
+        Texture().add(image)

@@ -106,13 +106,10 @@ def test_float32_features_are_summed_in_float64() -> None:
     torch.testing.assert_close(parts.covariance(), rows.double().T.cov(), rtol=0, atol=2e-11)
 
 
-def test_the_counts_stand_beside_the_value_and_say_what_compares() -> None:
+def test_the_counts_stand_beside_the_value() -> None:
     found = frechet(moments(features(200, 8)), moments(features(300, 8, seed=1)))
     assert (found.samples, found.reference, found.dims) == (200, 300, 8)
     assert "200 against 300" in str(found)
-    again = frechet(moments(features(200, 8, seed=3)), moments(features(300, 8, seed=1)))
-    fewer = frechet(moments(features(100, 8)), moments(features(300, 8, seed=1)))
-    assert found.comparable(again) and not found.comparable(fewer)
 
 
 def test_too_few_samples_for_the_dimensions_give_a_warning() -> None:

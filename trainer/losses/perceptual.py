@@ -68,12 +68,6 @@ class LPIPSVGGConfig:
 
 AnyPerceptualConfig = NoPerceptualConfig | EfficientNetLite0Config | LPIPSVGGConfig
 
-PERCEPTUAL: dict[str, type[AnyPerceptualConfig]] = {
-    "none": NoPerceptualConfig,
-    "efficientnet_lite0": EfficientNetLite0Config,
-    "lpips_vgg": LPIPSVGGConfig,
-}
-
 
 class Perceptual(nn.Module):
     """A frozen feature network and the distance in it."""
@@ -92,7 +86,7 @@ class Perceptual(nn.Module):
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: (B, 1 or 3, H, W) float in [-1, 1] -> (B,) float32, differentiable in both, 0 for identical images.
 
-        Values are not checked, since that would wait for the device: `check_range` does it where it matters.
+        Values are not checked, since that would wait for the device: trainer.metrics does it.
         """
         if x.shape != y.shape:
             raise ValueError(f"images: {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; give equal shapes")
@@ -122,15 +116,3 @@ class Perceptual(nn.Module):
 def unit(x: Tensor) -> Tensor:
     """x over its length over channels; the square under the root keeps the gradient finite where all channels are 0."""
     return x / ((x.square().sum(1, keepdim=True) + EPSILON**2).sqrt() + EPSILON)
-
-
-def check_range(image: Tensor, *, name: str = "images") -> None:
-    """ValueError where an image is no float or leaves [-1.05, 1.05], naming what was found; waits for the device.
-
-    An image in [0, 1] cannot be told from a bright one: only the caller can know.
-    """
-    if not image.is_floating_point():
-        raise ValueError(f"{name}: {image.dtype} is no image in [-1, 1]; convert it with trainer.data.pixels")
-    low, high = (float(v) for v in image.aminmax())
-    if not (low >= -1.05 and high <= 1.05):
-        raise ValueError(f"{name}: values from {low:.4g} to {high:.4g} leave [-1, 1]; scale or clamp them first")

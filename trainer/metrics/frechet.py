@@ -24,10 +24,6 @@ class Frechet(NamedTuple):
     def __str__(self) -> str:
         return f"{self.value:.4g} ({self.samples:,} against {self.reference:,})"
 
-    def comparable(self, other: "Frechet") -> bool:
-        """Whether both were taken from as many samples, of as many features."""
-        return self[1:] == other[1:]
-
 
 def frechet(samples: Moments, reference: Moments) -> Frechet:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), real and finite for any number of samples, in float64.

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.metrics.range import check_range
+
 HIGH = 0.25  # cycles a pixel: half of the highest frequency along a side
 
 
@@ -33,8 +35,9 @@ class Texture:
         self.size: tuple[int, int] | None = None
 
     def add(self, images: Tensor) -> None:
-        """images (B, C, H, W) float in [-1, 1]; B may be 0."""
-        assert images.is_floating_point() and images.dim() == 4
+        """images (B, C, H, W) float in [-1, 1]; B may be 0. ValueError for others."""
+        assert images.dim() == 4
+        check_range(images, name="spectrum")
         size = (images.shape[2], images.shape[3])
         assert self.size in (None, size), f"images of {size} among images of {self.size}"
         self.size = size
@@ -44,7 +47,7 @@ class Texture:
         self.sums = found if self.sums is None else self.sums + found
 
     def _terms(self, x: Tensor) -> Tensor:
-        """(1 + 5 + radii,) float64, summed over images, each term averaged over channels and places."""
+        """(1 + 5,) float64, summed over images, each term averaged over channels and places."""
         dx, dy = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
         parts = [
             dx,
@@ -57,15 +60,10 @@ class Texture:
         ]
         energy = torch.stack([part.square().double().mean((1, 2, 3)) for part in parts])  # (7, B)
         spectrum = torch.fft.fft2(x).abs().square().double().mean(1).sum(0)  # (H, W)
-        frequency = self._frequencies(x)
-        high = spectrum[frequency >= HIGH].sum()
-        bins = (frequency * min(x.shape[2:])).round().long().flatten()
-        radial = torch.zeros(int(bins.max()) + 1, dtype=torch.float64, device=x.device)
-        radial.index_add_(0, bins, spectrum.flatten())
+        high = spectrum[self._frequencies(x) >= HIGH].sum()
         gx, gy, check, across_x, across_y, inside_x, inside_y = energy.sum(1)
         count = torch.full((), len(x), dtype=torch.float64, device=x.device)
-        head = torch.stack([count, gx + gy, high, check, across_x + across_y, inside_x + inside_y])
-        return torch.cat([head, radial])
+        return torch.stack([count, gx + gy, high, check, across_x + across_y, inside_x + inside_y])
 
     def _frequencies(self, x: Tensor) -> Tensor:
         """(H, W) radial frequency, cycles a pixel."""
@@ -80,11 +78,6 @@ class Texture:
         merged.sums, merged.size = reduce(self.sums.clone()), self.size
         return merged
 
-    def radial(self) -> Tensor:
-        """Power by radial frequency: value k at k / min(H, W) cycles a pixel, mean over images."""
-        sums = self._some()
-        return sums[6:] / sums[0]
-
     def ratios(self, real: "Texture") -> Ratios:
         """These images over real ones of the same size."""
         if self.size != real.size:
@@ -96,7 +89,7 @@ class Texture:
 
     def _summary(self) -> Tensor:
         sums = self._some()
-        means = sums[1:6] / sums[0]
+        means = sums[1:] / sums[0]
         phase = means[3] / means[4] if means[4] > 0.0 else torch.ones_like(means[3])
         return torch.stack([means[0], means[1], means[2], phase])
 
