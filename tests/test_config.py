@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -16,9 +16,10 @@ from trainer import config_yaml
 from trainer.__main__ import arguments, main
 from trainer.config import Config, load, to_text, to_tree
 from trainer.errors import boundary
-from trainer.methods import METHODS
+from trainer.methods import MethodConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+METHODS = {config.kind: config for config in get_args(get_args(MethodConfig)[0])}
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 MINIMAL = """\
 run: runs/a

@@ -58,23 +58,6 @@ def match(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str
         raise ValueError(f"{what} is a checkpoint of another model: {'; '.join(problems)}")
 
 
-def bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the names of the bare module: without the `module.` of DDP and the `_orig_mod.` of torch.compile.
-
-    In any nesting: `module.` repeated at the front, `_orig_mod.` anywhere (compiled submodules). A module whose own
-    attribute is called `module` at the top level cannot be told from a wrapper: do not name one so.
-    """
-    bare: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        parts = [part for part in name.split(".") if part != "_orig_mod"]
-        while len(parts) > 1 and parts[0] == "module":
-            parts = parts[1:]
-        key = ".".join(parts)
-        assert key not in bare, f"{name}: two tensors would be called {key}"
-        bare[key] = tensor
-    return bare
-
-
 def _list(title: str, names: list[str]) -> list[str]:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return [f"{title}: {', '.join(names[:SHOWN])}{more}"] if names else []

@@ -13,7 +13,7 @@ from PIL import Image
 
 from trainer.data import convert
 from trainer.data.convert import Undecodable
-from trainer.data.decode import decode, label, metadata, shape
+from trainer.data.decode import decode, label, shape
 
 LIMIT = 1 << 20
 RAMP = (np.arange(256) * 257).astype(np.uint16)[None].repeat(4, 0)
@@ -384,13 +384,6 @@ def test_labels_are_whole_numbers() -> None:
     for wrong in (b"", b"-1", b"1.5", b"cat", b"9" * 19, "²".encode()):
         with pytest.raises(Undecodable, match="not a class number"):
             label(wrong)
-
-
-def test_metadata_is_an_object() -> None:
-    assert metadata(b'{"path": "a/b.png"}') == {"path": "a/b.png"}
-    for wrong in (b"", b"[1]", b"{", b"[" * 100_000, b'{"a":"' + b" " * (1 << 20) + b'"}'):
-        with pytest.raises(Undecodable, match="no JSON object"):
-            metadata(wrong)
 
 
 # ------------------------------------------------------------------ resizing

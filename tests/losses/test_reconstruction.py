@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from trainer.losses.reconstruction import (
-    LIKELIHOODS,
     Bernoulli,
     Gaussian,
     Laplace,
@@ -109,32 +108,10 @@ def test_channels_last_memory_changes_no_value(likelihood, channels: int) -> Non
     torch.testing.assert_close(likelihood.mean(moved[0]), likelihood.mean(given))
 
 
-@pytest.mark.parametrize("likelihood", ALL, ids=lambda one: one.kind)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_samples_average_to_the_mean(likelihood, channels: int) -> None:
-    pixels = 20_000
-    one = 0.3 * parameters(likelihood, channels, (1, 1, 1))
-    if isinstance(likelihood, LogisticMixture):
-        one[:, -likelihood.components * channels :] -= 4.0  # narrow, so that the ends of the range cut nothing
-    given = one.expand(-1, -1, pixels, 1)
-    uniform = torch.rand(1, likelihood.draws(channels), pixels, 1, generator=torch.Generator().manual_seed(2))
-    drawn = likelihood.sample(given, uniform.double())
-    assert drawn.shape == (1, channels, pixels, 1)
-    # deviations are below 1, so means of 20,000 stay within 5 / sqrt(20,000) = .035
-    assert (drawn.mean(2) - likelihood.mean(one).squeeze(2)).abs().max() < 0.035
-
-
-@pytest.mark.parametrize("likelihood", ALL, ids=lambda one: one.kind)
-def test_samples_are_finite_at_the_ends_of_the_draws(likelihood) -> None:
-    given = parameters(likelihood, 1, (2, 4, 4)).float()
-    for end in (0.0, 1.0 - 2.0**-24):
-        assert likelihood.sample(given, torch.full((2, likelihood.draws(1), 4, 4), end)).isfinite().all()
-
-
 def test_a_likelihood_is_chosen_by_its_kind_and_a_wrong_one_is_refused() -> None:
     adapter = TypeAdapter(Likelihood)
-    for kind, config in LIKELIHOODS.items():
-        assert adapter.validate_python({"kind": kind}) == config()
+    for config in ALL:
+        assert type(adapter.validate_python({"kind": config.kind})) is type(config)
     with pytest.raises(ValidationError, match="bernoulli"):
         adapter.validate_python({"kind": "bernouli"})
     assert sorted({one.name for one in ALL}) == sorted(one.name for one in ALL)

@@ -10,10 +10,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trainer.networks import (
-    AUTOENCODERS,
-    DISCRIMINATORS,
-    ENCODERS,
-    GENERATORS,
     AnyDiscriminatorConfig,
     AutoencoderConfig,
     EncoderConfig,
@@ -264,8 +260,3 @@ def test_channels_last_changes_the_memory_and_not_the_result(name: str) -> None:
     turned = run(name, network.to(memory_format=torch.channels_last))
     for key in plain:
         torch.testing.assert_close(turned[key], plain[key], rtol=0, atol=1e-12)
-
-
-def test_the_tables_name_each_kind() -> None:
-    for table in (AUTOENCODERS, ENCODERS, GENERATORS, DISCRIMINATORS):
-        assert all(config().kind == kind for kind, config in table.items())

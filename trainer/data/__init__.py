@@ -5,7 +5,4 @@ from trainer.data.config import ShardsConfig
 from trainer.data.pixels import to_float, to_uint8
 from trainer.data.stream import Stream
 
-CONFIGS = {"shards": ShardsConfig}
-"""kind -> config. A new kind of data is one file and its line here."""
-
-__all__ = ["CONFIGS", "Batch", "RawBatch", "ShardsConfig", "Stream", "to_device", "to_float", "to_uint8"]
+__all__ = ["Batch", "RawBatch", "ShardsConfig", "Stream", "to_device", "to_float", "to_uint8"]

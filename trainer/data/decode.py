@@ -1,7 +1,6 @@
 """Image bytes to pixels, by an allow-list of extensions: nothing here runs what it reads, and limits act before
 decoding."""
 
-import json
 import re
 import struct
 from collections.abc import Callable
@@ -22,7 +21,6 @@ _NPY_HEADER = re.compile(
     rb"\{'descr': '[|<>=]?u1', 'fortran_order': False, 'shape': \((\d{1,9}), (\d{1,9})(?:, ([13]))?,?\),? *\}\s*"
 )
 LONGEST_LABEL = 18  # digits: fits int64
-LONGEST_METADATA = 1 << 20  # bytes
 _EXIF = b"Exif\0\0"
 
 
@@ -184,14 +182,3 @@ def label(data: bytes) -> int:
     if len(text) > LONGEST_LABEL or not text.isdigit():
         raise Undecodable(f"holds {text[:20]!r}, not a class number")
     return int(text)
-
-
-def metadata(data: bytes) -> dict[str, Any]:
-    """A .json field: one JSON object of at most 1 MiB. Undecodable for anything else."""
-    try:
-        found = json.loads(data) if len(data) <= LONGEST_METADATA else None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise Undecodable("holds no JSON object")
-    return found

@@ -53,14 +53,6 @@ class Bernoulli:
         """(B, C, H, W) in [-1, 1]."""
         return _full(parameters).sigmoid() * 2.0 - 1.0  # = tanh(l / 2), in a fraction of its time on CPU
 
-    def draws(self, channels: int) -> int:
-        """Channels of uniform draws that `sample` takes."""
-        return channels
-
-    def sample(self, parameters: Tensor, uniform: Tensor, log_scale: Tensor | None = None) -> Tensor:
-        """Images of -1 and 1; uniform (B, draws, H, W) in [0, 1)."""
-        return torch.where(uniform < _full(parameters).sigmoid(), 1.0, -1.0)
-
     def hint(self, channels: int) -> str | None:
         """One line where another likelihood suits the images better."""
         if channels == 1:
@@ -91,10 +83,6 @@ class _Location:
         """The decoder's output as it is: near [-1, 1], not clamped, so that no gradient is lost (to_uint8 clamps)."""
         return _full(parameters)
 
-    def draws(self, channels: int) -> int:
-        """Channels of uniform draws that `sample` takes."""
-        return channels
-
     def hint(self, channels: int) -> str | None:
         """One line where another likelihood suits the images better."""
         return None
@@ -106,9 +94,6 @@ class _Location:
 
     def _standard(self, parameters: Tensor, image: Tensor, log_scale: Tensor | float) -> Tensor:
         return (_full(image) - _full(parameters)) * _rows(_exp(-log_scale))
-
-    def _moved(self, parameters: Tensor, standard: Tensor, log_scale: Tensor | None) -> Tensor:
-        return _full(parameters) + standard * _rows(_exp(self._log_scale(log_scale)))
 
 
 @dataclass(frozen=True)
@@ -129,10 +114,6 @@ class Gaussian(_Location):
         squares = _total(self._standard(parameters, image, log).square())
         return 0.5 * squares + image[0].numel() * (log + 0.5 * math.log(2.0 * math.pi))
 
-    def sample(self, parameters: Tensor, uniform: Tensor, log_scale: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W), not clamped; uniform (B, draws, H, W) in [0, 1)."""
-        return self._moved(parameters, torch.special.ndtri(_inside(uniform)), log_scale)
-
 
 @dataclass(frozen=True)
 class Laplace(_Location):
@@ -152,11 +133,6 @@ class Laplace(_Location):
         log = self._log_scale(log_scale)
         errors = _total(self._standard(parameters, image, log).abs())
         return errors + image[0].numel() * (log + math.log(2.0))
-
-    def sample(self, parameters: Tensor, uniform: Tensor, log_scale: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W), not clamped; uniform (B, draws, H, W) in [0, 1)."""
-        side = _inside(uniform) - 0.5
-        return self._moved(parameters, -side.sign() * torch.log1p(-2.0 * side.abs()), log_scale)
 
 
 @dataclass(frozen=True)
@@ -222,30 +198,11 @@ class LogisticMixture:
         weights, means, _ = self._split(parameters)
         return (weights.exp() * means.clamp(-1.0, 1.0)).sum(1)
 
-    def draws(self, channels: int) -> int:
-        """Channels of uniform draws that `sample` takes: one chooses the component."""
-        return channels + 1
-
-    def sample(self, parameters: Tensor, uniform: Tensor, log_scale: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) on the 256 levels; uniform (B, draws, H, W) in [0, 1)."""
-        weights, means, scales = self._split(parameters)
-        reached = weights.exp().cumsum(1) <= uniform[:, :1].unsqueeze(1)
-        chosen = reached.sum(1, keepdim=True).clamp(max=self.components - 1).expand(-1, -1, means.shape[2], -1, -1)
-        inside = _inside(uniform[:, 1:])
-        x = means.gather(1, chosen).squeeze(1) + scales.gather(1, chosen).squeeze(1).exp() * torch.logit(inside)
-        return ((x.clamp(-1.0, 1.0) + 1.0) * HALF_RANGE).round() / HALF_RANGE - 1.0
-
     def hint(self, channels: int) -> str | None:
         """One line where another likelihood suits the images better."""
         return None
 
 
-LIKELIHOODS = {
-    "bernoulli": Bernoulli,
-    "gaussian": Gaussian,
-    "laplace": Laplace,
-    "logistic_mixture": LogisticMixture,
-}
 Likelihood = Annotated[Bernoulli | Gaussian | Laplace | LogisticMixture, Field(discriminator="kind")]
 
 
@@ -291,8 +248,3 @@ def _exp(x: Tensor | float) -> Tensor | float:
 def _rows(x: Tensor | float) -> Tensor | float:
     """(B,) -> (B, 1, 1, 1)."""
     return x.view(-1, 1, 1, 1) if isinstance(x, Tensor) else x
-
-
-def _inside(uniform: Tensor) -> Tensor:
-    """[0, 1) -> (0, 1): an inverse distribution function is finite there."""
-    return uniform.clamp(2.0**-25, 1.0 - 2.0**-24)

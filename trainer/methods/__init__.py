@@ -1,4 +1,4 @@
-"""Methods, by kind: one file each, and each phase trains the network of its name. A new method has its line here."""
+"""Methods, by kind: one file each, and each phase trains the network of its name. A new method joins MethodConfig."""
 
 from collections.abc import Mapping
 from typing import Annotated, Protocol
@@ -12,12 +12,6 @@ from trainer.methods.vae import VAEConfig
 from trainer.methods.vaegan import VAEGANConfig
 from trainer.methods.vaegan_larsen import VAEGANLarsenConfig
 
-METHODS = {
-    "vae": VAEConfig,
-    "gan": GANConfig,
-    "vaegan": VAEGANConfig,
-    "vaegan_larsen": VAEGANLarsenConfig,
-}
 MethodConfig = Annotated[VAEConfig | GANConfig | VAEGANConfig | VAEGANLarsenConfig, Field(discriminator="kind")]
 
 

@@ -1,7 +1,7 @@
-"""Networks and their configs, by kind. A new network is one file, and its line here; see README.md."""
+"""Networks and their configs, by kind. A new one is one file, and a member of its union; see README.md."""
 
 from trainer.networks.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder, EncoderConfig
-from trainer.networks.blocks import clamped_share, reparameterize
+from trainer.networks.blocks import reparameterize
 from trainer.networks.discriminator import (
     GlobalDiscriminator,
     GlobalDiscriminatorConfig,
@@ -14,19 +14,7 @@ from trainer.networks.shapes import ImageShape
 AnyDiscriminatorConfig = GlobalDiscriminatorConfig | PatchDiscriminatorConfig
 AnyDiscriminator = GlobalDiscriminator | PatchDiscriminator
 
-AUTOENCODERS = {"conv": AutoencoderConfig}
-ENCODERS = {"conv": EncoderConfig}
-GENERATORS = {"conv": GeneratorConfig}
-DISCRIMINATORS: dict[str, type[AnyDiscriminatorConfig]] = {
-    "global": GlobalDiscriminatorConfig,
-    "patch": PatchDiscriminatorConfig,
-}
-
 __all__ = [
-    "AUTOENCODERS",
-    "DISCRIMINATORS",
-    "ENCODERS",
-    "GENERATORS",
     "AnyDiscriminator",
     "AnyDiscriminatorConfig",
     "Autoencoder",
@@ -41,6 +29,5 @@ __all__ = [
     "ImageShape",
     "PatchDiscriminator",
     "PatchDiscriminatorConfig",
-    "clamped_share",
     "reparameterize",
 ]

@@ -76,7 +76,8 @@ def full(x: Tensor) -> Tensor:
 def posterior(raw: Tensor) -> tuple[Tensor, Tensor]:
     """The encoder's output (B, 2z, ...) as mean and logvar, each (B, z, ...) float32, logvar clamped to [-30, 20].
 
-    exp of the clamped value is finite in float32. Beyond the clamp logvar has no gradient: `clamped_share` shows it.
+    exp of the clamped value is finite in float32. Beyond the clamp logvar has no
+    gradient: `clamped_share` of trainer/losses/divergence.py shows it.
     """
     mean, logvar = full(raw).chunk(2, dim=1)
     return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
@@ -85,8 +86,3 @@ def posterior(raw: Tensor) -> tuple[Tensor, Tensor]:
 def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """A sample of the posterior from standard normal noise of the mean's shape (Kingma and Welling 2014, eq. 4)."""
     return torch.addcmul(mean, (0.5 * logvar).exp(), noise)
-
-
-def clamped_share(logvar: Tensor) -> Tensor:
-    """Share of the posterior's log-variances that sit on the clamp, a scalar: above 0 the encoder is saturated."""
-    return ((logvar <= LOGVAR_MIN) | (logvar >= LOGVAR_MAX)).float().mean()

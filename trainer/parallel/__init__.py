@@ -3,7 +3,7 @@
 The only importer of accelerate (and later deepspeed), and with launch/ the only reader of environment variables.
 """
 
-from trainer.parallel.config import PARALLEL, DDPConfig, ParallelConfig
+from trainer.parallel.config import DDPConfig, ParallelConfig
 from trainer.parallel.engine import Applied, Engine
 
-__all__ = ["PARALLEL", "Applied", "DDPConfig", "Engine", "ParallelConfig"]
+__all__ = ["Applied", "DDPConfig", "Engine", "ParallelConfig"]

@@ -18,4 +18,3 @@ class DDPConfig:
 
 
 ParallelConfig = DDPConfig
-PARALLEL = {"ddp": DDPConfig}
