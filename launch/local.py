@@ -72,6 +72,8 @@ def thread_environment(*, processes: int) -> dict[str, str]:
 
 def listen(port: int) -> socket.socket:
     """The socket that rank 0 will serve the rendezvous on. `port` 0 takes a free one. ValueError when it is taken."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port: {port} is no port; 1 to 65535, or leave it out for a free one")
     server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         server.bind(("127.0.0.1", port))

@@ -42,14 +42,13 @@ def serve_store() -> object:
 def run(argv: list[str]) -> int:
     store = serve_store()
     module = importlib.import_module(argv[0])
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the module may take it over
     code = int(module.main(argv[1:]))
     del store
     return code
 
 
 def main(argv: list[str]) -> int:
-    # Ctrl-C while the imports run ends the worker at once and without a word.
+    # Ctrl-C ends the worker at once and without a word, until training takes it over.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
     die_with_launcher()
     said: list[str] = []

@@ -1,5 +1,6 @@
 """What watches a run: skipped updates that go on for too long, and signals that ask it to stop."""
 
+import math
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.health import Collapse, NonFinite, Signals
+from trainer.health import Collapse, NonFinite, Signals, check_finite
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,11 +130,28 @@ def test_a_second_interrupt_ends_at_once_without_the_save() -> None:
 
 
 # ---------------------------------------------------------------- posterior collapse
-def test_a_collapse_at_full_weight_is_said_once_and_a_warm_up_is_left_alone() -> None:
+def test_a_collapse_is_said_once_after_three_reports_at_full_weight() -> None:
     watch = Collapse()
-    assert watch.look({"latent/kl": 0.01}, full_weight=False, images=64) is None
-    assert watch.look({"latent/kl": 12.0}, full_weight=True, images=128) is None
-    assert watch.look({"loss/generator/adversarial": 0.01}, full_weight=True, images=160) is None
-    line = watch.look({"latent/kl": 0.21}, full_weight=True, images=1920)
-    assert line is not None and "1,920 images" in line and "0.21 nats" in line
-    assert watch.look({"latent/kl": 0.2}, full_weight=True, images=2560) is None
+    for images in range(6400, 12800, 640):  # a warm-up
+        assert watch.look({"latent/kl": 0.01}, full_weight=False, images=images, batch=64) is None
+    said = [
+        watch.look({"latent/kl": nats}, full_weight=True, images=12800 + 640 * i, batch=64)
+        for i, nats in enumerate((0.2, 0.2, 12.0, 0.2, 0.21, 0.22, 0.2))
+    ]
+    assert [line is not None for line in said] == [False] * 5 + [True, False]
+    assert said[5] is not None and "16,000 images" in said[5] and "0.22 nats" in said[5]
+
+
+def test_an_untrained_encoder_a_nan_and_a_method_without_kl_are_no_collapse() -> None:
+    watch = Collapse()
+    for update in range(1, 100):
+        assert watch.look({"latent/kl": 0.2}, full_weight=True, images=update * 64, batch=64) is None
+    for update in range(100, 110):
+        assert watch.look({"latent/kl": math.nan}, full_weight=True, images=update * 64, batch=64) is None
+        assert watch.look({"loss/generator/adversarial": 0.1}, full_weight=True, images=update * 64, batch=64) is None
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run_by_name() -> None:
+    check_finite({"psnr": 20.0, "nelbo": 240.0}, images=64)
+    with pytest.raises(ValueError, match=r"at 128 images is not finite \(kl, nelbo\)"):
+        check_finite({"psnr": 20.0, "kl": math.nan, "nelbo": math.inf}, images=128)

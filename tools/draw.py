@@ -11,6 +11,7 @@ from trainer.data import Stream, to_device, to_uint8
 from trainer.generate import Trained, home, load
 from trainer.pictures import Picture, grid, pairs, write_png
 
+LARGEST = 10_000  # images of one picture; more than any screen shows
 DEFAULT_OUT = "RUN/pictures/{}.png"
 
 
@@ -70,7 +71,9 @@ def interpolate(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the latents at the ends")
     options = parser.parse_args(argv)
     _positive(options.rows, "--rows")
-    _positive(options.steps - 1, "--steps minus one")
+    _positive(options.rows * options.steps, "--rows times --steps")
+    if options.steps < 2:
+        raise ValueError(f"--steps: {options.steps} is no walk; at least 2, its two ends")
 
     def draw(run: Trained) -> Picture:
         return grid(run.interpolate(rows=options.rows, columns=options.steps, seed=options.seed), columns=options.steps)
@@ -93,13 +96,15 @@ def _parser(verb: str, description: str, example: str) -> argparse.ArgumentParse
 
 
 def _positive(value: int, name: str) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: {value} draws nothing; at least 1")
+    if not 1 <= value <= LARGEST:
+        raise ValueError(f"{name}: {value} makes no picture; 1 to {LARGEST:,}")
 
 
 def _write(options: argparse.Namespace, verb: str, draw: Callable[[Trained], Picture], what: str) -> int:
     run = load(options.run)
     # the name of the default tells nothing of the seed, so the newest drawing takes its place
+    if options.out is not None and options.out.suffix.lower() != ".png":
+        raise ValueError(f"--out: {options.out} is no name of a PNG file; end it in .png")
     path = options.out or home(run.path) / "pictures" / f"{verb}.png"
     write_png(path, draw(run), overwrite=options.overwrite or options.out is None)
     print(f"{path}: {what}, by {run.path} ({run.images:,} images seen)")

@@ -4,10 +4,12 @@ Trains one run. Started by `tandem train`, `accelerate launch`, torchrun, or pla
 """
 
 import re
+import os
+import signal
 import sys
 from pathlib import Path
 
-from trainer.errors import boundary
+from trainer.errors import INTERRUPTED, boundary
 
 USAGE = """\
 usage: tandem train CONFIG [key=value ...]
@@ -66,4 +68,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # until training takes it over: an interrupt in the middle of torch's imports would end in their tracebacks
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
     sys.exit(boundary(main, sys.argv[1:]))

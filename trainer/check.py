@@ -105,6 +105,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, metavar="N", help="ranks to plan for (default: the config's, or 1)")
     options = parser.parse_intermixed_args(argv)
     config = configuration.load(options.config, options.overrides)
+    if options.processes is not None and options.processes < 1:
+        raise ValueError(f"--processes: {options.processes} is not a number of processes; 1 is the least")
     world = options.processes or config.parallel.processes or 1
     rows = check(config, world=world)
     table = Table(title=str(options.config), show_header=False, title_justify="left")

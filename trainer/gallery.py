@@ -20,7 +20,7 @@ from trainer.pictures import grid, pairs, write_png
 COLUMNS = 12
 HPARAMS = ("images", "batch", "seed", "precision", "method.", "optim.")  # where runs that are compared differ
 TAGS = {"interpolation": "interpolation, spherical"}  # a picture says how its latents were made
-FINAL = ("psnr", "nll", "kl", "nelbo", "bits_per_dim", "active_units", "train_seconds")  # of any method
+FINAL = ("psnr", "nll", "kl", "nelbo", "active_units", "train_seconds")  # of any method
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Watches over a run: signals that ask it to stop, and updates that were skipped for a gradient that is not finite."""
 
+import math
 import os
 import signal
 import sys
@@ -79,22 +80,37 @@ class NonFinite:
 class Collapse:
     """Says once when the posterior has collapsed to the prior while the KL has its full weight (Bowman et al. 2016).
 
-    During a warm-up the KL may be anything, so nothing is said then. Seen at the first report (`log.every` images)
-    whose mean is under the limit."""
+    During a warm-up the KL may be anything, and an untrained encoder is near the prior, so it takes `ROW` reports in a
+    row (`log.every` images each) under the limit, at full weight, after the first `UPDATES` updates."""
 
     LIMIT = 0.5
     """Nats an image: a code that tells so little about its image cannot be told from noise by the decoder."""
+    ROW = 3
+    UPDATES = 100
 
     def __init__(self) -> None:
         self.said = False
+        self._row = 0
 
-    def look(self, scalars: Mapping[str, float], *, full_weight: bool, images: int) -> str | None:
+    def look(self, scalars: Mapping[str, float], *, full_weight: bool, images: int, batch: int) -> str | None:
         """One line, or None."""
-        nats = scalars.get("latent/kl")
-        if nats is None or nats >= self.LIMIT or not full_weight or self.said:
+        nats = scalars.get("latent/kl", math.inf)
+        under = full_weight and images >= self.UPDATES * batch and nats < self.LIMIT  # nan is another trouble
+        self._row = self._row + 1 if under else 0
+        if self._row < self.ROW or self.said:
             return None
         self.said = True
         return (
             f"posterior collapse at {images:,} images: the KL is {nats:.3g} nats an image, so the decoder ignores the "
             "latent; lower method.kl.weight, warm it up (method.kl.warmup) or grant method.kl.free_bits"
+        )
+
+
+def check_finite(metrics: Mapping[str, float], *, images: int) -> None:
+    """ValueError naming the figures of an evaluation that are not finite: nothing that follows would mean anything."""
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise ValueError(
+            f"the evaluation at {images} images is not finite ({', '.join(bad)}): the weights are beyond use; lower "
+            "optim.lr or set optim.clip, then go on from the last checkpoint"
         )

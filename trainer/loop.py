@@ -9,7 +9,7 @@ from trainer.data import to_device
 from trainer.errors import to_stderr
 from trainer.evaluate import evaluate
 from trainer.gallery import Gallery
-from trainer.health import Collapse, NonFinite, Signals
+from trainer.health import Collapse, NonFinite, Signals, check_finite
 from trainer.parallel.launcher import asked_processes
 from trainer.parallel.ranks import Ranks, start
 from trainer.phase import Run
@@ -84,7 +84,9 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
             run.kept.clear()
             board.scalars(images, scalars)
             terminal.report(images, scalars)
-            alarm = collapse.look(scalars, full_weight=build.full_kl_weight(config, images), images=images)
+            alarm = collapse.look(
+                scalars, full_weight=build.full_kl_weight(config, images), images=images, batch=config.batch
+            )
             if alarm is not None:
                 terminal.note(alarm)
                 board.text("health", alarm, images)
@@ -93,6 +95,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
         if now(config.log.evaluate_every) and not stopping:
             limit = config.log.evaluate_images
             metrics = evaluate(method, networks, test, config=config, limit=limit, ranks=ranks)
+            check_finite(metrics, images=images)
             board.scalars(images, {f"test/{name}": value for name, value in metrics.items()})
         if now(config.log.pictures_every) and not stopping:
             gallery.draw(images)

@@ -114,6 +114,11 @@ class Saver:
         source = str(found.path / "config.yaml")
         # through today's schema: a key that came later has the value that the run had then, its default
         old = configuration.parse(config_yaml.loads(found.config_text, source=source), source=source)
+        if old.method.kind != self.config.method.kind:
+            raise ValueError(
+                f"{found.path} is a checkpoint of another model: method.kind was {old.method.kind}, the config says "
+                f"{self.config.method.kind}; give the run another folder"
+            )
         changes = resume.refuse_changes(
             configuration.to_tree(old), configuration.to_tree(self.config), configuration.RESUMABLE
         )
