@@ -17,6 +17,7 @@ from trainer.errors import boundary
 from trainer.pictures import write_png
 
 DATA = Path("data/fashion-mnist")
+GAP = 16  # pixels of white between two sheets
 CONFIG = Path("configs/vaegan_fashion.yaml")
 
 
@@ -42,7 +43,8 @@ def beside(names: list[str], *, folder: Path) -> Path:
         with Image.open(folder / f"{name}.png") as picture:
             pixels = np.asarray(picture)
         sheets.append(pixels if pixels.ndim == 3 else pixels[:, :, None])
-    return write_png(folder / "demo.png", np.concatenate(sheets, axis=1), overwrite=True)
+        sheets.append(np.full((len(pixels), GAP, sheets[-1].shape[2]), 255, np.uint8))
+    return write_png(folder / "demo.png", np.concatenate(sheets[:-1], axis=1), overwrite=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Trains one run. Started by `tandem train`, `accelerate launch`, torchrun, or plain `python -m trainer`.
 """
 
-import re
 import os
+import re
 import signal
 import sys
 from pathlib import Path

@@ -71,7 +71,7 @@ class DDPEngine:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = _norm(gradients)
         skipped = (norm - norm).nan_to_num_(nan=1.0)  # inf - inf and nan - nan are nan; anything finite gives 0
-        # what torch's fused optimisers read from a GradScaler, so that a skipped update waits for no device; on the CPU,
+        # what torch's fused optimisers read from a GradScaler: a skipped update then waits for no device; on the CPU,
         # where nothing is waited for, they are spared it
         spared = skipped.device.type == "cpu" and not skipped
         self.optimizer.found_inf = None if spared else skipped  # type: ignore[attr-defined]
