@@ -50,27 +50,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     folder.add_argument("source", type=Path, metavar="SRC", help="folder of images")
     folder.add_argument("dest", type=Path, metavar="DEST", help="folder to make")
-    folder.add_argument("--size", type=_size, metavar="N|HxW", help="resize the shorter side (antialiased), crop the "
+    folder.add_argument("--size", type=size, metavar="N|HxW", help="resize the shorter side (antialiased), crop the "
                         "centre; without it sizes are kept, and the trainer wants them all equal")  # fmt: skip
     folder.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (default: as each image is)")
     split = folder.add_mutually_exclusive_group()
-    split.add_argument("--holdout", type=_share, default=0.1, metavar="SHARE", help="of the images that make the test "
+    split.add_argument("--holdout", type=share, default=0.1, metavar="SHARE", help="of the images that make the test "
                        "split, chosen by seed and name (default: 0.1)")  # fmt: skip
     split.add_argument("--test-split", metavar="NAME", help="folder in SRC that is the test split; SRC/train, or else "
                        "all other folders, are the training split")  # fmt: skip
     folder.add_argument("--format", choices=FORMATS, default="auto", help="auto: npy up to 64 pixels, else JPEG, as "
                         "it is or of quality 95; png and webp are lossless (default: auto)")  # fmt: skip
-    folder.add_argument("--background", type=_colour, default=(255, 255, 255), metavar="R,G,B",
+    folder.add_argument("--background", type=colour, default=(255, 255, 255), metavar="R,G,B",
                         help="behind transparent pixels (default: white)")  # fmt: skip
-    folder.add_argument("--range", type=_range, metavar="LOW,HIGH", help="values of float images that become black and "
+    folder.add_argument("--range", type=value_range, metavar="LOW,HIGH", help="values of float images that become black and "
                         "white; without it float images are left out")  # fmt: skip
-    folder.add_argument("--max-bad", type=_share, default=0.01, metavar="SHARE", help="of images that may be left out "
+    folder.add_argument("--max-bad", type=share, default=0.01, metavar="SHARE", help="of images that may be left out "
                         "(default: 0.01)")  # fmt: skip
-    folder.add_argument("--max-megapixels", type=_positive, default=64.0, metavar="M", help="larger ones are left out "
+    folder.add_argument("--max-megapixels", type=positive_number, default=64.0, metavar="M", help="larger ones are left out "
                         "before they are decoded (default: 64)")  # fmt: skip
-    folder.add_argument("--shard-mb", type=_positive, default=64.0, metavar="MB", help="size of a shard (default: 64)")
+    folder.add_argument("--shard-mb", type=positive_number, default=64.0, metavar="MB", help="size of a shard (default: 64)")
     folder.add_argument("--seed", type=int, default=0, help="of the order and of the holdout (default: 0)")
-    folder.add_argument("--workers", type=_count, default=min(8, os.cpu_count() or 1), metavar="N", help="threads that "
+    folder.add_argument("--workers", type=count, default=min(8, os.cpu_count() or 1), metavar="N", help="threads that "
                         "decode and encode (default: the cores, 8 at most)")  # fmt: skip
     return parser.parse_args(argv)
 
@@ -85,42 +85,42 @@ def _parser(kind: type[argparse.ArgumentParser], name: str, text: str, example: 
     )
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
     parts = [int(part) for part in text.lower().split("x")]
     if len(parts) > 2 or min(parts) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 64 or 48x64 (height x width)")
     return parts[0], parts[-1]
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to below 1")
     return value
 
 
-def _positive(text: str) -> float:
+def positive_number(text: str) -> float:
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
 
 
-def _colour(text: str) -> tuple[int, int, int]:
+def colour(text: str) -> tuple[int, int, int]:
     red, green, blue = (int(part) for part in text.split(","))
     if not all(0 <= level <= 255 for level in (red, green, blue)):
         raise argparse.ArgumentTypeError(f"{text} is not three levels from 0 to 255")
     return red, green, blue
 
 
-def _range(text: str) -> tuple[float, float]:
+def value_range(text: str) -> tuple[float, float]:
     low, high = (float(part) for part in text.split(","))
     if not low < high:
         raise argparse.ArgumentTypeError(f"{text} is not a range such as 0,1")
