@@ -68,7 +68,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         "(default: 0.01)")  # fmt: skip
     folder.add_argument("--max-megapixels", type=positive_number, default=64.0, metavar="M", help="larger ones are left out "
                         "before they are decoded (default: 64)")  # fmt: skip
-    folder.add_argument("--shard-mb", type=positive_number, default=64.0, metavar="MB", help="size of a shard (default: 64)")
+    folder.add_argument(
+        "--shard-mb", type=positive_number, default=64.0, metavar="MB", help="size of a shard (default: 64)"
+    )
     folder.add_argument("--seed", type=int, default=0, help="of the order and of the holdout (default: 0)")
     folder.add_argument("--workers", type=count, default=min(8, os.cpu_count() or 1), metavar="N", help="threads that "
                         "decode and encode (default: the cores, 8 at most)")  # fmt: skip
