@@ -62,15 +62,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         "it is or of quality 95; png and webp are lossless (default: auto)")  # fmt: skip
     folder.add_argument("--background", type=colour, default=(255, 255, 255), metavar="R,G,B",
                         help="behind transparent pixels (default: white)")  # fmt: skip
-    folder.add_argument("--range", type=value_range, metavar="LOW,HIGH", help="values of float images that become black and "
+    folder.add_argument("--range", type=interval, metavar="LOW,HIGH", help="values of float images that become black and "
                         "white; without it float images are left out")  # fmt: skip
     folder.add_argument("--max-bad", type=share, default=0.01, metavar="SHARE", help="of images that may be left out "
                         "(default: 0.01)")  # fmt: skip
-    folder.add_argument("--max-megapixels", type=positive_number, default=64.0, metavar="M", help="larger ones are left out "
+    folder.add_argument("--max-megapixels", type=positive, default=64.0, metavar="M", help="larger ones are left out "
                         "before they are decoded (default: 64)")  # fmt: skip
-    folder.add_argument(
-        "--shard-mb", type=positive_number, default=64.0, metavar="MB", help="size of a shard (default: 64)"
-    )
+    folder.add_argument("--shard-mb", type=positive, default=64.0, metavar="MB", help="size of a shard (default: 64)")
     folder.add_argument("--seed", type=int, default=0, help="of the order and of the holdout (default: 0)")
     folder.add_argument("--workers", type=count, default=min(8, os.cpu_count() or 1), metavar="N", help="threads that "
                         "decode and encode (default: the cores, 8 at most)")  # fmt: skip
@@ -101,7 +99,7 @@ def share(text: str) -> float:
     return value
 
 
-def positive_number(text: str) -> float:
+def positive(text: str) -> float:
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -122,7 +120,7 @@ def colour(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def value_range(text: str) -> tuple[float, float]:
+def interval(text: str) -> tuple[float, float]:
     low, high = (float(part) for part in text.split(","))
     if not low < high:
         raise argparse.ArgumentTypeError(f"{text} is not a range such as 0,1")
