@@ -62,8 +62,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         "it is or of quality 95; png and webp are lossless (default: auto)")  # fmt: skip
     folder.add_argument("--background", type=colour, default=(255, 255, 255), metavar="R,G,B",
                         help="behind transparent pixels (default: white)")  # fmt: skip
-    folder.add_argument("--range", type=interval, metavar="LOW,HIGH", help="values of float images that become black and "
-                        "white; without it float images are left out")  # fmt: skip
+    folder.add_argument(
+        "--range",
+        type=interval,
+        metavar="LOW,HIGH",
+        help="values of float images that become black and white; without it float images are left out",
+    )
     folder.add_argument("--max-bad", type=share, default=0.01, metavar="SHARE", help="of images that may be left out "
                         "(default: 0.01)")  # fmt: skip
     folder.add_argument("--max-megapixels", type=positive, default=64.0, metavar="M", help="larger ones are left out "
