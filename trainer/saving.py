@@ -116,8 +116,8 @@ class Saver:
         old = configuration.parse(config_yaml.loads(found.config_text, source=source), source=source)
         if old.method.kind != self.config.method.kind:
             raise ValueError(
-                f"{found.path} is a checkpoint of another model: method.kind was {old.method.kind}, the config says "
-                f"{self.config.method.kind}; give the run another folder"
+                f"resume: {found.path} is a checkpoint of another model (method.kind: {old.method.kind} -> "
+                f"{self.config.method.kind}); give the run another folder"
             )
         changes = resume.refuse_changes(
             configuration.to_tree(old), configuration.to_tree(self.config), configuration.RESUMABLE
