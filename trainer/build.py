@@ -1,6 +1,7 @@
 """From a config to the parts of a run: shape, method, networks and their engines."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -8,7 +9,9 @@ from torch import nn
 from trainer import optimizer
 from trainer.config import Config
 from trainer.data import Batch, Stream
+from trainer.losses.perceptual import NoPerceptualConfig
 from trainer.methods import Method
+from trainer.methods.vaegan import VAEGANConfig
 from trainer.networks import ImageShape
 from trainer.parallel.ddp import DDPEngine
 from trainer.parallel.engine import Engine
@@ -22,10 +25,19 @@ def image_shape(config: Config) -> ImageShape:
 
 
 def check_world(config: Config, *, world: int) -> None:
-    """ValueError for what cannot work on `world` ranks, before they meet: batch, data, networks."""
+    """ValueError for what cannot work on `world` ranks, before they meet: batch, networks, data."""
     config.micro_batches(world)
+    with torch.device("meta"):  # shapes without memory
+        build_method(without_losses(config), device=torch.device("meta")).networks()
     for split in ("train", "test"):
         Stream(config.data, split=split, batch=config.batch, rank=0, world=world, seed=config.seed).close()
+
+
+def without_losses(config: Config) -> Config:
+    """Without the frozen network of a loss, whose weights a machine that only samples need not have."""
+    if not isinstance(config.method, VAEGANConfig):
+        return config
+    return replace(config, method=replace(config.method, perceptual=NoPerceptualConfig()))
 
 
 def build_stream(config: Config, *, split: str, ranks: Ranks) -> Stream:

@@ -1,7 +1,7 @@
 """A trained run as something that samples, reconstructs and measures: averaged weights, no optimiser."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,9 +12,7 @@ from trainer import config as configuration
 from trainer.config import Config
 from trainer.data import Batch
 from trainer.evaluate import elbo
-from trainer.losses.perceptual import NoPerceptualConfig
 from trainer.methods import Method
-from trainer.methods.vaegan import VAEGANConfig
 from trainer.resume import match
 
 
@@ -65,7 +63,7 @@ def load(run: Path, *, device: torch.device | None = None) -> Trained:
     source = str(path / "config.yaml")
     config = configuration.parse(config_yaml.loads(found.config_text, source=source), source=source)
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = build.build_method(_without_losses(config), device=place)
+    method = build.build_method(build.without_losses(config), device=place)
     networks = build.build_networks(method, seed=config.seed)
     for name, network in networks.items():
         tensors = found.tensors.get(f"{name}.ema", found.tensors.get(name, {}))
@@ -83,10 +81,3 @@ def home(path: Path) -> Path:
         return path.parent.parent
     path = path.resolve()
     return path.parent.parent if path.parent.name == checkpoint.FOLDER else path.with_name(f"{path.name}.results")
-
-
-def _without_losses(config: Config) -> Config:
-    """Without the frozen network of a loss, whose weights a machine that only samples need not have."""
-    if not isinstance(config.method, VAEGANConfig):
-        return config
-    return replace(config, method=replace(config.method, perceptual=NoPerceptualConfig()))

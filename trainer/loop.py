@@ -44,6 +44,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
     networks = build.averages(engines)
     run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
+    test.first(1)  # a small split is read as a whole here: what is wrong with it is found before anything is trained
     nonfinite, collapse = NonFinite(patience=config.log.patience), Collapse()
 
     # ---- restore

@@ -94,6 +94,8 @@ class Run:
             return found
         ratio = self.balance.ratio(group, like=at)
         self.note(f"weight/{group}", ratio)
+        if scale == 0.0:  # measured, not felt: zero times a gradient that is not finite would be felt
+            return (None,) * len(found)
         return tuple(None if g is None else g * (ratio * scale) for g in found)
 
     # ------------------------------------------------------------------ for methods
