@@ -5,6 +5,7 @@ one backward for both penalties, no value read back, nothing logged. Noise is to
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class Batches:
                 yield self.pixels[rows]
 
 
-class Loop:
+class Loop(ABC):
     """Networks, optimisers and one update of them. `networks` may be replaced by a framework's wrappers of them."""
 
     averaged: str
@@ -58,9 +59,9 @@ class Loop:
         self.average = list(copy.deepcopy(self.networks[self.averaged]).requires_grad_(False).parameters())
         self.updates = CLOCK // config.batch
 
+    @abstractmethod
     def update(self, image: Tensor, backward: Backward = Tensor.backward) -> None:
         """One update of every network. image: float32 (B, C, H, W) in [-1, 1]."""
-        raise NotImplementedError
 
     def apply(self, name: str, loss: Tensor, backward: Backward) -> None:
         self.optimizers[name].zero_grad()
