@@ -27,6 +27,8 @@ POLL = 0.05  # seconds between looks at the workers
 SETTLE = 2.0  # seconds that the others get to fail by themselves and say why, after the first failure
 GRACE = 5.0  # seconds between SIGTERM, or the second Ctrl-C, and SIGKILL
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a rank that stopped as asked
+UNCAUSED = tuple(128 + number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL))
+"""Exit codes that no lost peer gives a rank: while we have sent nothing, such an end is the cause of the others'."""
 
 HELP = """\
 Train a config on this machine. What follows CONFIG are overrides of its keys: `tandem train CONFIG --help` lists them.
@@ -149,11 +151,13 @@ def forwarded_signals(workers: list[Worker]) -> Iterator[list[int]]:
 def watch(workers: Sequence[Worker], came: Sequence[int]) -> Worker | None:
     """Waits for all workers; returns the one that failed first, if any.
 
+    A rank that lost a killed peer may be seen to end before that peer is: the killed one is the one that failed.
     After a failure the others are ended in seconds. After one Ctrl-C they have all the time that saving takes: a rank
     that ends with 130 or 143 then has done as asked. After the second they are killed if they do not stop on their own.
     """
     failed: Worker | None = None
     deadlines: list[tuple[float, int]] = []
+    sent = False
     while True:
         for worker in workers:
             code = worker.process.poll()
@@ -165,12 +169,15 @@ def watch(workers: Sequence[Worker], came: Sequence[int]) -> Worker | None:
                 failed = worker
                 now = time.monotonic()
                 deadlines = [(now + SETTLE, signal.SIGTERM), (now + SETTLE + GRACE, signal.SIGKILL)]
+            elif failed and not (sent or as_asked) and worker.code in UNCAUSED and failed.code not in UNCAUSED:
+                failed = worker
         if all(worker.code is not None for worker in workers):
             return failed
         if len(came) > 1 and not deadlines:
             deadlines = [(time.monotonic() + GRACE, signal.SIGKILL)]
         if deadlines and time.monotonic() >= deadlines[0][0]:
             send(workers, deadlines[0][1])
+            sent = True
             deadlines = deadlines[1:] or [(float("inf"), signal.SIGKILL)]
         time.sleep(POLL)
 

@@ -129,6 +129,16 @@ def test_a_killed_rank_is_named_with_its_signal(begin: Begin) -> None:
     assert err.count("\n") == 1
 
 
+def test_a_rank_that_lost_a_killed_peer_is_not_taken_for_the_one_that_failed() -> None:
+    ends = ("raise SystemExit(1)", "import os; os.kill(os.getpid(), 9)", "raise SystemExit(1)")
+    workers = [local.Worker(rank, subprocess.Popen([sys.executable, "-c", end])) for rank, end in enumerate(ends)]
+    for worker in workers:
+        os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)  # ended, all seen at the first look
+    failed = local.watch(workers, [])
+    assert failed is workers[1]
+    assert failed.code == 137
+
+
 def test_a_rank_that_ends_without_a_word_is_named_with_its_code(begin: Begin) -> None:
     assert ended(begin("exits_with_5"), code=5)[1] == "tandem: error: rank 1 ended with exit code 5\n"
 
