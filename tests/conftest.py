@@ -38,7 +38,7 @@ def few(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         stream = Stream(ShardsConfig(path=fashion, size=28, channels=1), split=split, batch=1, rank=0, world=1, seed=0)
         raw = stream.first(count)
         stream.close()
-        for number, (image, label) in enumerate(zip(raw.image.numpy(), raw.label.tolist(), strict=True)):
+        for number, (image, label) in enumerate(zip(raw.data.numpy(), raw.label.tolist(), strict=True)):
             path = folder / "images" / split / stream.classes[label] / f"{number:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[:, :, 0]).save(path)

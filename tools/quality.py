@@ -86,7 +86,7 @@ def valid(split: Split) -> Iterator[RawBatch]:
     """The split without padding and bad samples."""
     for raw in split.evaluation(BATCH):
         keep = raw.weight > 0
-        yield RawBatch(raw.image[keep], raw.label[keep], raw.position[keep], raw.index[keep], raw.weight[keep])
+        yield RawBatch(raw.data[keep], raw.label[keep], raw.position[keep], raw.index[keep], raw.weight[keep])
 
 
 def classifier(folder: Path, *, train: Split, test: Split, seed: int = 0) -> tuple[FashionCNN, Facts]:
@@ -99,12 +99,12 @@ def classifier(folder: Path, *, train: Split, test: Split, seed: int = 0) -> tup
     print(f"training {fashion_cnn.NAME}, about two minutes, once", flush=True)
     started = time.process_time()
     parts = list(valid(train))
-    images, labels = torch.cat([part.image for part in parts]), torch.cat([part.label for part in parts])
+    images, labels = torch.cat([part.data for part in parts]), torch.cat([part.label for part in parts])
     network = fashion_cnn.train(images, labels, seed=seed)
     seconds = time.process_time() - started
     floor, real, right = Pictures.none(), Pictures.none(), 0
     for part in valid(test):
-        right += int((real.add(network, part.image) == part.label).sum())
+        right += int((real.add(network, part.data) == part.label).sum())
     for few in images[:FLOOR_SAMPLES].split(BATCH):
         floor.add(network, few)
     distance = frechet(floor.moments, real.moments)
@@ -125,7 +125,7 @@ def real_pictures(network: FashionCNN, test: Split) -> Pictures:
     """Statistics of the test images, which every run is held against."""
     found = Pictures.none()
     for raw in valid(test):
-        found.add(network, raw.image)
+        found.add(network, raw.data)
     return found
 
 
@@ -149,13 +149,13 @@ def measure(
     has_reconstructions = has_elbo = False
     for raw in valid(test):
         batch = to_device(raw, device=model.device, flip=False, seed=0)
-        count += len(raw.image)
+        count += len(raw.data)
         found = model.reconstruct(batch)
         if found is not None:
             has_reconstructions, found = True, found.cpu()
-            given = fashion_cnn.describe(network, raw.image)[1]
+            given = fashion_cnn.describe(network, raw.data)[1]
             sums["same_class"] += float((rebuilt.add(network, found) == given).sum())
-            sums["psnr"] += float(psnr(to_float(found), to_float(raw.image)).double().sum())
+            sums["psnr"] += float(psnr(to_float(found), to_float(raw.data)).double().sum())
         nats = model.elbo(batch)
         if nats is not None:
             has_elbo = True

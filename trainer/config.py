@@ -17,7 +17,7 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from trainer import bounds, config_errors, config_yaml
-from trainer.data import ShardsConfig
+from trainer.data import DataConfig
 from trainer.methods import MethodConfig
 from trainer.optimizer import OptimConfig
 from trainer.parallel.config import ParallelConfig
@@ -76,7 +76,7 @@ class Config:
     """Budget: the run ends when it has seen so many."""
     batch: int
     """Images an update, over all ranks and micro-batches."""
-    data: ShardsConfig
+    data: DataConfig
     """Where images come from."""
     method: MethodConfig
     """What is trained: vae, gan, vaegan, vaegan_larsen."""
@@ -130,7 +130,7 @@ class Config:
 
 RESUMABLE = (
     "run", "images", "micro_batch", "compile", "parallel", "checkpoint", "log", "optim.lr", "optim.discriminator.lr",
-    "data.path", "data.readers", "data.prefetch", "data.cache_mb",
+    "data.path", "data.readers", "data.prefetch", "data.cache_mb", "data.verify", "data.remote",
 )  # fmt: skip
 """Keys that may differ when a run goes on; each difference is one line in the log."""
 
@@ -145,6 +145,8 @@ def load(path: Path, overrides: list[str] = ()) -> Config:  # type: ignore[assig
 def parse(tree: dict[str, Any], overrides: list[str] = (), *, source: str) -> Config:  # type: ignore[assignment]
     """`load` of a tree that is already read; `source` is named in errors."""
     given = config_yaml.merge(tree, overrides)
+    if isinstance(data := tree.get("data"), dict):
+        data.setdefault("kind", "shards")  # a union has no default of its own
     try:
         return _adapter().validate_json(config_yaml.to_json(tree), strict=True)
     except ValidationError as error:

@@ -123,8 +123,9 @@ class Saver:
             configuration.to_tree(old), configuration.to_tree(self.config), configuration.RESUMABLE
         )
         if found.state["data"] != self.stream.fingerprint:
+            paths = ", ".join(str(one.path) for one in self.config.data.sets)
             raise ValueError(
-                f"data.path: {self.config.data.path} does not hold the shards that {found.path} was trained on; "
+                f"data.path: {paths} does not hold the shards that {found.path} was trained on; "
                 "give these back, or start a new run with checkpoint.init_from"
             )
         for name, engine in self.engines.items():

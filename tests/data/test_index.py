@@ -51,7 +51,7 @@ def test_shards_of_webdatasets_own_writer_are_read(tmp_path: Path, number_of: Ca
     found = stream(tmp_path, size=(4, 5), channels=3)
     assert (found.samples, found.classes) == (7, ("0", "1"))
     batch = found.first(7)
-    assert number_of(batch.image) == list(range(7))
+    assert number_of(batch.data) == list(range(7))
     assert batch.label.tolist() == [0, 1, 0, 1, 0, 1, 0]
 
 
@@ -65,7 +65,7 @@ def test_shards_of_tar_are_read_with_members_in_any_order(tmp_path: Path) -> Non
     subprocess.run(["tar", "-C", tmp_path, "-cf", tmp_path / "train" / "a.tar", *names], check=True)
     batch = stream(tmp_path).first(4)
     assert batch.label.tolist() == [0, 1, 2, 3]
-    assert batch.image[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert batch.data[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_samples_without_a_class_are_labelled_minus_1(tmp_path: Path, tar_of: Tar) -> None:
@@ -97,7 +97,7 @@ def test_of_several_images_one_must_be_chosen(tmp_path: Path, tar_of: Tar) -> No
         ValueError, match=r"several image fields \(found: left\.npy, right\.npy\); name one in data\.image"
     ):
         stream(tmp_path)
-    assert stream(tmp_path, image="right.npy").first(1).image[0, 0, 0, 0] == 100
+    assert stream(tmp_path, image="right.npy").first(1).data[0, 0, 0, 0] == 100
 
 
 def test_dots_in_foreign_names_merge_into_one_sample_and_are_refused(tmp_path: Path, tar_of: Tar) -> None:
@@ -122,7 +122,7 @@ def test_a_label_that_is_no_number_is_named(tmp_path: Path, tar_of: Tar) -> None
 def test_a_key_never_becomes_a_path(tmp_path: Path, tar_of: Tar, key: str) -> None:
     tar_of(tmp_path / "train" / "a.tar", [(f"{key}.npy", npy(PIXELS))])
     before = sorted(tmp_path.rglob("*"))
-    assert stream(tmp_path).first(1).image.flatten().tolist() == list(range(6))
+    assert stream(tmp_path).first(1).data.flatten().tolist() == list(range(6))
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -45,7 +45,7 @@ def gather(path: Path, *, batch: int, world: int, start: int, steps: int, **opti
         one = stream(path, batch=batch, rank=rank, world=world, **options)
         shares.append(list(islice(one.batches(start), steps)))
         one.close()
-    names = ("image", "label", "position", "index", "weight")
+    names = ("data", "label", "position", "index", "weight")
     return [
         RawBatch(*(torch.cat([getattr(share, name) for share in parts]) for name in names))
         for parts in zip(*shares, strict=True)
@@ -72,14 +72,14 @@ def test_any_world_size_gives_the_same_global_batches(
     alone = stream(uneven, batch=1, window=window, seed=seed)
     expected = list(islice(alone.batches(start), steps * batch))
     assert torch.cat([b.position for b in found]).tolist() == list(range(start, start + steps * batch))
-    for name in ("image", "label", "index", "weight"):
+    for name in ("data", "label", "index", "weight"):
         assert torch.equal(
             torch.cat([getattr(b, name) for b in found]), torch.cat([getattr(b, name) for b in expected])
         ), name
     for b in found:
-        assert number_of(b.image) == b.index.tolist()
+        assert number_of(b.data) == b.index.tolist()
         assert b.label.tolist() == [i % 3 for i in b.index.tolist()]
-        assert b.image.dtype == torch.uint8
+        assert b.data.dtype == torch.uint8
         assert b.weight.tolist() == [1.0] * batch
     alone.close()
 
@@ -99,7 +99,7 @@ def test_going_on_equals_the_uninterrupted_stream(uneven: Path, start: int, cach
     found = list(islice(stream(uneven, batch=4, cache_mb=cache).batches(start), 3))
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a.index, b.index)
-        assert torch.equal(a.image, b.image)
+        assert torch.equal(a.data, b.data)
         assert torch.equal(a.position, b.position)
 
 
@@ -122,7 +122,7 @@ def test_an_evaluation_sees_each_sample_once_and_pads_with_weight_0(
     assert set(weight.tolist()) <= {0.0, 1.0}
     assert weight[TOTAL:].sum() == 0
     assert len(position.unique()) == len(position)
-    assert number_of(torch.cat([b.image for b in rows])) == index.tolist()
+    assert number_of(torch.cat([b.data for b in rows])) == index.tolist()
 
 
 def test_one_shard_feeds_many_ranks(tmp_path: Path, write_set: Callable[..., Path]) -> None:
@@ -165,17 +165,17 @@ def test_a_bad_sample_is_counted_and_its_place_is_filled_by_the_next_good_one(
     uneven: Path, damaged: Path, number_of: Callable[[object], list[int]], cache: int, world: int
 ) -> None:
     clean = gather(uneven, batch=4, world=world, start=8, steps=9)
-    found = gather(damaged, batch=4, world=world, start=8, steps=9, cache_mb=cache, max_bad_share=0.5)
+    found = gather(damaged, batch=4, world=world, start=8, steps=9, cache_mb=cache, max_bad_fraction=0.5)
     stands_for = {4: 6, 5: 6, 16: 0}
     for a, b in zip(clean, found, strict=True):
         assert b.index.tolist() == [stands_for.get(i, i) for i in a.index.tolist()]
-        assert number_of(b.image) == b.index.tolist()
+        assert number_of(b.data) == b.index.tolist()
         assert b.label.tolist() == [i % 3 for i in b.index.tolist()]
 
 
 @pytest.mark.parametrize("cache", [0, 64])
 def test_the_count_is_of_what_was_delivered_and_names_the_samples(damaged: Path, cache: int) -> None:
-    one = stream(damaged, batch=TOTAL, cache_mb=cache, max_bad_share=0.5)
+    one = stream(damaged, batch=TOTAL, cache_mb=cache, max_bad_fraction=0.5)
     batches = one.batches(0)
     next(batches)
     assert one.bad == len(GARBAGE)
@@ -189,7 +189,7 @@ def test_the_count_is_of_what_was_delivered_and_names_the_samples(damaged: Path,
 
 @pytest.mark.parametrize("cache", [0, 64])
 def test_an_evaluation_gives_bad_samples_weight_0(damaged: Path, cache: int) -> None:
-    found = list(stream(damaged, batch=4, cache_mb=cache, max_bad_share=0.5).evaluation(4))
+    found = list(stream(damaged, batch=4, cache_mb=cache, max_bad_fraction=0.5).evaluation(4))
     index = torch.cat([b.index for b in found])
     weight = torch.cat([b.weight for b in found])
     assert index[weight > 0].tolist() == [i for i in range(TOTAL) if i not in GARBAGE]
@@ -197,7 +197,7 @@ def test_an_evaluation_gives_bad_samples_weight_0(damaged: Path, cache: int) -> 
 
 @pytest.mark.parametrize("cache", [0, 64])
 def test_too_many_bad_samples_stop_the_run_and_name_one(damaged: Path, cache: int) -> None:
-    with pytest.raises(ValueError, match=r"00000[45]|000016.*samples are bad.*data\.max_bad_share"):
+    with pytest.raises(ValueError, match=r"00000[45]|000016.*samples are bad.*data\.max_bad_fraction"):
         list(islice(stream(damaged, batch=4, cache_mb=cache).batches(0), 10))
 
 
@@ -224,8 +224,8 @@ def test_memory_holds_what_the_shards_hold_whatever_the_layout(
         one = stream(tmp_path, batch=60, size=(4, 5), cache_mb=cache, readers=3)
         assert one._reader.cached == (cache > 0)
         batch = next(one.batches(0))
-        assert number_of(batch.image) == batch.index.tolist()
-        assert batch.image[:, 3, 4, 0].tolist() == batch.index.tolist()
+        assert number_of(batch.data) == batch.index.tolist()
+        assert batch.data[:, 3, 4, 0].tolist() == batch.index.tolist()
         one.close()
 
 
@@ -241,7 +241,7 @@ def test_a_shard_that_is_cut_after_the_check_is_an_error_and_no_bad_sample(
     tmp_path: Path, write_set: Callable[..., Path], cache: int
 ) -> None:
     path = write_set(tmp_path, [5, 5])
-    one = stream(path, batch=10, cache_mb=cache, max_bad_share=1.0)
+    one = stream(path, batch=10, cache_mb=cache, max_bad_fraction=1.0)
     shard = path / "train" / "0001.tar"
     shard.write_bytes(shard.read_bytes()[:1024])
     with pytest.raises(ValueError, match=r"0001\.tar.* was cut short while it was read"):
@@ -277,7 +277,7 @@ def test_channels_that_the_data_does_not_have_are_refused(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("window", 0), ("readers", 0), ("prefetch", 0), ("cache_mb", -1), ("size", 0), ("max_bad_share", 2.0)],
+    [("window", 0), ("readers", 0), ("prefetch", 0), ("cache_mb", -1), ("size", 0), ("max_bad_fraction", 2.0)],
 )
 def test_a_setting_out_of_range_is_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{field}: "):
@@ -308,7 +308,7 @@ def test_waiting_is_measured_and_closing_ends_the_iterators(uneven: Path, cache:
 def test_source_and_reader_are_stages_of_a_webdataset_pipeline(uneven: Path) -> None:
     one = stream(uneven, batch=4)
     source = Training(one.order, start=0, batch=4, rank=0, world=1)
-    shapes = webdataset.DataPipeline(source, one._reader, webdataset.map(lambda raw: tuple(raw.image.shape)))
+    shapes = webdataset.DataPipeline(source, one._reader, webdataset.map(lambda raw: tuple(raw.data.shape)))
     assert list(islice(shapes, 2)) == [(4, 2, 3, 1)] * 2
     counted = webdataset.DataPipeline(Evaluation(TOTAL, 4, 0, 1), webdataset.map(lambda request: len(request.sample)))
     assert list(counted) == [4] * 5
@@ -319,10 +319,10 @@ def test_a_batch_that_is_written_to_changes_no_other(uneven: Path, cache: int) -
     one = stream(uneven, batch=2, cache_mb=cache)
     expected = list(islice(stream(uneven, batch=2).batches(0), TOTAL))
     written = next(one.batches(0))  # the stream still holds the order of this window
-    for column in (written.image, written.label, written.position, written.index, written.weight):
+    for column in (written.data, written.label, written.position, written.index, written.weight):
         column.zero_()
     for found, right in zip(one.batches(0), expected, strict=False):
-        for name in ("image", "label", "position", "index", "weight"):
+        for name in ("data", "label", "position", "index", "weight"):
             assert torch.equal(getattr(found, name), getattr(right, name)), name
 
 
@@ -346,7 +346,7 @@ def test_a_run_names_each_bad_sample_once(tmp_path: Path, write_set: Callable[..
     write_set(tmp_path / "set", [20, 20], shape=(28, 28, 1), bad={4: b"not an image", 31: b""})
     write_set(tmp_path / "set", [20], shape=(28, 28, 1), split="test")
     config = write_config(tmp_path / "run.yaml", "vae", data=tmp_path / "set")
-    words = ("images=160", f"data.cache_mb={cache}", "data.max_bad_share=0.1")  # four epochs
+    words = ("images=160", f"data.cache_mb={cache}", "data.max_bad_fraction=0.1")  # four epochs
     said = starts.train(tmp_path / "logs", str(config), *words).wait().ok()
     lines = [line for line in (said.out + said.err).splitlines() if "stands in" in line]
     assert sorted(re.findall(r"\b\d{6}\b", line)[0] for line in lines) == ["000004", "000031"]

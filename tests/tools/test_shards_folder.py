@@ -158,7 +158,7 @@ def test_small_images_are_stored_as_they_are_and_the_trainer_reads_them(tmp_path
         assert np.array_equal(np.load(io.BytesIO(sample["npy"]), allow_pickle=False), expected)  # type: ignore[arg-type]
     config = ShardsConfig(path=tmp_path / "out", size=(16, 20))
     batch = Stream(config, split="train", batch=5, rank=0, world=1, seed=0).first(5)
-    assert batch.image.shape == (5, 16, 20, 3)
+    assert batch.data.shape == (5, 16, 20, 3)
 
 
 def test_a_photograph_is_kept_byte_for_byte_unless_something_must_change(tmp_path: Path) -> None:
@@ -215,9 +215,9 @@ def test_channels_can_be_forced(tmp_path: Path) -> None:
     assert content(tmp_path / "mixed" / "train")["image"]["channels"] == [1, 3]  # type: ignore[index]
     config = ShardsConfig(path=tmp_path / "grey", size=8, channels=1)
     batch = Stream(config, split="train", batch=1, rank=0, world=1, seed=0).first(2)
-    assert sorted(batch.image[:, 0, 0, 0].tolist()) == [76, 77]  # 0.299 * 255
+    assert sorted(batch.data[:, 0, 0, 0].tolist()) == [76, 77]  # 0.299 * 255
     colour = ShardsConfig(path=tmp_path / "mixed", size=8, channels=3)
-    assert Stream(colour, split="train", batch=1, rank=0, world=1, seed=0).first(2).image.shape == (2, 8, 8, 3)
+    assert Stream(colour, split="train", batch=1, rank=0, world=1, seed=0).first(2).data.shape == (2, 8, 8, 3)
 
 
 def test_16_bit_is_reduced_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
         stream = Stream(config.data, split="train", batch=config.batch, rank=0, world=1, seed=config.seed)
         if pixels is None:
             raw = list(stream.evaluation(config.batch))
-            pixels = torch.cat([part.image[part.weight > 0] for part in raw])
+            pixels = torch.cat([part.data[part.weight > 0] for part in raw])
         torch.manual_seed(config.seed)
         found = variants(config, pixels, stream, ranks, given.peers)
         costs = measure(found, seconds=given.seconds, rounds=given.rounds)

@@ -13,8 +13,8 @@ from trainer.kernels import noise
 class RawBatch:
     """What the stream gives: b samples on the CPU."""
 
-    image: Tensor
-    """uint8 (b, H, W, C)."""
+    data: Tensor
+    """A row a sample; of images uint8 (b, H, W, C)."""
     label: Tensor
     """int64 (b): class number, -1 where there is none."""
     position: Tensor
@@ -41,7 +41,7 @@ def to_device(raw: RawBatch, *, device: torch.device | str, flip: bool, seed: in
     """Copies bytes and converts there. flip: each image is mirrored left to right where uniform(seed, "flip", position)
     is below 1/2, so the same image at the same position on any rank."""
     image, label, position, index, weight = (
-        tensor.to(device, non_blocking=True) for tensor in (raw.image, raw.label, raw.position, raw.index, raw.weight)
+        tensor.to(device, non_blocking=True) for tensor in (raw.data, raw.label, raw.position, raw.index, raw.weight)
     )
     if flip:
         mirrored = noise.uniform(seed, "flip", position, ()) < 0.5

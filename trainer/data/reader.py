@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trainer.data import decode
 from trainer.data.batch import RawBatch
-from trainer.data.config import ShardsConfig
+from trainer.data.config import DataConfig
 from trainer.data.convert import Undecodable
 from trainer.data.index import Index
 from trainer.data.source import Request
@@ -26,11 +26,11 @@ class Quarantine:
     """Samples that cannot be decoded. Whether one can depends on its bytes alone, and its stand-in is the next good
     sample of the split: so every rank, world size and resumed run replaces it by the same."""
 
-    def __init__(self, index: Index, max_bad_share: float) -> None:
+    def __init__(self, index: Index, max_bad_fraction: float) -> None:
         self.index = index
         self.reasons: dict[int, str] = {}
-        self._share = max_bad_share
-        self._allowed = max(1, int(max_bad_share * index.samples)) if max_bad_share else 0
+        self._share = max_bad_fraction
+        self._allowed = max(1, int(max_bad_fraction * index.samples)) if max_bad_fraction else 0
         self._lock = threading.Lock()
 
     def add(self, sample: int, reason: str) -> None:
@@ -40,7 +40,7 @@ class Quarantine:
             if len(self.reasons) > min(self._allowed, self.index.samples - 1):
                 raise ValueError(
                     f"{self.index.where(sample)}: {reason}; {len(self.reasons)} of {self.index.samples} samples are "
-                    f"bad, more than data.max_bad_share {self._share:g} allows; make the set again, or raise it"
+                    f"bad, more than data.max_bad_fraction {self._share:g} allows; make the set again, or raise it"
                 )
 
     def stand_in(self, sample: int) -> int:
@@ -50,7 +50,7 @@ class Quarantine:
 
 
 def fetch(
-    index: Index, samples: NDArray[np.int64], out: NDArray[np.uint8], quarantine: Quarantine, config: ShardsConfig
+    index: Index, samples: NDArray[np.int64], out: NDArray[np.uint8], quarantine: Quarantine, config: DataConfig
 ) -> NDArray[np.int64]:
     """Decodes `samples` into the rows of `out` (n, H, W, C); returns the samples that really stand there."""
     real = samples.copy()
@@ -77,7 +77,7 @@ def fetch(
     return real
 
 
-def _decode(index: Index, sample: int, file: int, shape: tuple[int, ...], config: ShardsConfig) -> NDArray[np.uint8]:
+def _decode(index: Index, sample: int, file: int, shape: tuple[int, ...], config: DataConfig) -> NDArray[np.uint8]:
     size = int(index.size[sample])
     data = os.pread(file, size, int(index.offset[sample]))
     if len(data) != size:
@@ -97,7 +97,7 @@ def _decode(index: Index, sample: int, file: int, shape: tuple[int, ...], config
 class Memory:
     """A split that is decoded once and gathered from memory: one gather a batch."""
 
-    def __init__(self, index: Index, config: ShardsConfig, quarantine: Quarantine) -> None:
+    def __init__(self, index: Index, config: DataConfig, quarantine: Quarantine) -> None:
         self.image = np.empty((index.samples, *config.shape), np.uint8)
         self.label = index.label
         self.index, self.quarantine = index, quarantine
@@ -110,7 +110,7 @@ class Memory:
         if quarantine.reasons:
             self.real = np.array([quarantine.stand_in(sample) for sample in range(index.samples)], np.int64)
 
-    def _gather(self, number: int, config: ShardsConfig) -> NDArray[np.int64]:
+    def _gather(self, number: int, config: DataConfig) -> NDArray[np.int64]:
         """Copies the .npy samples of one layout of a shard at once; returns the numbers (in the shard) of all
         others."""
         index, shard = self.index, self.index.shards[number]
@@ -139,7 +139,7 @@ class Memory:
         rest: NDArray[np.int64] = every[~same]
         return rest
 
-    def _fill(self, rows: NDArray[np.int64], config: ShardsConfig) -> None:
+    def _fill(self, rows: NDArray[np.int64], config: DataConfig) -> None:
         """Decodes rows one by one; a bad one is noted and its row stays empty, as its stand-in is looked up by
         number."""
         starts = self.index.starts
@@ -159,9 +159,9 @@ class Reader:
     """`reader(requests)` gives batches in the order of the requests. `replaced` counts bad samples in what was
     given."""
 
-    def __init__(self, index: Index, config: ShardsConfig) -> None:
+    def __init__(self, index: Index, config: DataConfig) -> None:
         self.index, self.config = index, config
-        self.quarantine = Quarantine(index, config.max_bad_share)
+        self.quarantine = Quarantine(index, config.max_bad_fraction)
         self.replaced = 0
         height, width, channels = config.shape
         self.cached = index.samples * height * width * channels <= config.cache_mb << 20

@@ -3,13 +3,14 @@
 import time
 import weakref
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import numpy as np
 import webdataset
 
 from trainer.data import index as indices
 from trainer.data.batch import RawBatch
-from trainer.data.config import ShardsConfig
+from trainer.data.config import DataConfig
 from trainer.data.order import Order
 from trainer.data.reader import Reader
 from trainer.data.source import Evaluation, Request, Training
@@ -20,7 +21,7 @@ NAMED = 20  # bad samples that one call of `news` names
 class Stream:
     """One rank's view of a split. Which samples it gives at which position depends on (seed, shards, window) alone."""
 
-    def __init__(self, config: ShardsConfig, *, split: str, batch: int, rank: int, world: int, seed: int) -> None:
+    def __init__(self, config: DataConfig, *, split: str, batch: int, rank: int, world: int, seed: int) -> None:
         """batch: images of a global batch; each of the `world` ranks gets an equal share of it.
 
         ValueError, before anything is read but headers: a missing or damaged set, another size than the config's, fewer
@@ -29,14 +30,18 @@ class Stream:
         assert 0 <= rank < world
         self.config, self.split, self.batch, self.rank, self.world = config, split, batch, rank, world
         _share(batch, world)
-        self.index = indices.load(config.path, split, image=config.image)
+        self.index = indices.load(Path(config.sets[0].path), split, image=config.image)
         _agree(self.index, config)
         if self.index.samples < world:
             raise ValueError(
                 f"data.path: {self.index.folder} holds {self.index.samples} samples, fewer than the {world} ranks; "
                 "use fewer processes or more data"
             )
-        self.order = Order([shard.samples for shard in self.index.shards], seed=seed, window=config.window)
+        self.order = Order(
+            [shard.samples for shard in self.index.shards],
+            seed=seed,
+            window=len(self.index.shards) if config.window == "all" else config.window,
+        )
         self.samples: int = self.index.samples
         """In the split."""
         self.classes: tuple[str, ...] = self.index.classes
@@ -109,7 +114,7 @@ def _share(batch: int, world: int) -> int:
     return batch // world
 
 
-def _agree(index: indices.Index, config: ShardsConfig) -> None:
+def _agree(index: indices.Index, config: DataConfig) -> None:
     """ValueError where the config asks for a size or for channels that the data does not have."""
     if index.height is None or index.width is None or index.channels is None:
         raise ValueError(f"data.path: no image in {index.folder} can be read; make the set again")
