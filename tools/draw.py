@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.data import Stream, to_device, to_uint8
+from trainer.data import Stream, Transform, to_device, to_uint8
 from trainer.generate import Trained, home, load
 from trainer.pictures import Picture, grid, pairs, write_png
 
@@ -49,7 +49,7 @@ def reconstruct(argv: list[str]) -> int:
     def draw(run: Trained) -> Picture:
         data = run.config.data if options.data is None else replace(run.config.data, path=options.data)
         stream = Stream(data, split=options.split, batch=1, rank=0, world=1, seed=0)
-        given = to_device(stream.first(options.count), device=run.device, flip=False, seed=0)
+        given = to_device(stream.first(options.count), device=run.device, transform=Transform.plain(data))
         stream.close()
         rebuilt = run.reconstruct(given)
         if rebuilt is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer import build
 from trainer import config as configuration
-from trainer.data import to_device
+from trainer.data import Transform, to_device
 from trainer.errors import boundary
 from trainer.parallel.config import DDPConfig
 from trainer.parallel.ranks import Ranks, start
@@ -41,9 +41,9 @@ def losses(method: str, *, data: Path, ranks: Ranks, updates: int = UPDATES) -> 
     run = Run(engines, seed=config.seed, balance=trained.balance, precision=config.precision)
     stream = build.build_stream(config, split="train", ranks=ranks)
     curves: Curves = {}
-    batches = stream.batches(0)
+    batches, transform = stream.batches(0), Transform.training(config.data, seed=config.seed)
     for update in range(updates):
-        given = to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed)
+        given = to_device(next(batches), device=ranks.device, transform=transform)
         train_step(trained, engines, [given], run, images=update * BATCH, batch=BATCH, ranks=ranks)
         for tag, value in means(run.kept, ranks).items():
             if tag.startswith("loss/"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tools.quality_figures import Quality, table, write
 from trainer import generate
-from trainer.data import Batch, RawBatch, ShardsConfig, Stream, to_device, to_float
+from trainer.data import Batch, RawBatch, ShardsConfig, Stream, Transform, to_device, to_float
 from trainer.errors import boundary
 from trainer.losses.reconstruction import bits_per_dim
 from trainer.metrics import fashion_cnn, psnr
@@ -32,6 +32,7 @@ from trainer.metrics.spectrum import Texture
 BATCH = 250  # images at once; changes no figure
 FLOOR_SAMPLES = 10_000  # training images whose distance to the test images is the floor
 SHAPE = (28, 28, 1)  # height, width, channels
+AS_STORED = Transform(height=28, width=28, fit="exact", flip=False, seed=0)
 
 
 class Split(Protocol):
@@ -148,7 +149,7 @@ def measure(
     rebuilt, sums, count = Pictures.none(), {"psnr": 0.0, "same_class": 0.0, "nll": 0.0, "kl": 0.0}, 0
     has_reconstructions = has_elbo = False
     for raw in valid(test):
-        batch = to_device(raw, device=model.device, flip=False, seed=0)
+        batch = to_device(raw, device=model.device, transform=AS_STORED)
         count += len(raw.data)
         found = model.reconstruct(batch)
         if found is not None:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from trainer import build, checkpoint
 from trainer import config as configuration
 from trainer.config import Config
-from trainer.data import Stream, to_device
+from trainer.data import Stream, Transform, to_device
 from trainer.health import NonFinite
 from trainer.methods import Method
 from trainer.parallel.config import DDPConfig
@@ -133,8 +133,9 @@ def check(config: Config, *, world: int) -> dict[str, str]:
         parameters = [p for network in networks.values() for p in network.parameters()]
 
         saved, batches, costs = SavedBytes(parameters), train.batches(0), list[int]()
+        transform = Transform.training(config.data, seed=config.seed)
         for update in range(2):
-            given = to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed)
+            given = to_device(next(batches), device=ranks.device, transform=transform)
             parts = build.split(given, micro_batches)
             images = _late(config, method) + update * config.batch
             with Flops() as flops, saved_tensors_hooks(saved.pack, saved.unpack):

@@ -147,6 +147,8 @@ def parse(tree: dict[str, Any], overrides: list[str] = (), *, source: str) -> Co
     given = config_yaml.merge(tree, overrides)
     if isinstance(data := tree.get("data"), dict):
         data.setdefault("kind", "shards")  # a union has no default of its own
+        if data.get("allow_pipe") and {"data", "data.allow_pipe"} & set(given):
+            raise ValueError("command line: data.allow_pipe: must stand in the YAML file itself")
     try:
         return _adapter().validate_json(config_yaml.to_json(tree), strict=True)
     except ValidationError as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainer.build import image_shape
 from trainer.config import Config
-from trainer.data import Batch, Stream, to_device
+from trainer.data import Batch, Feed, Stream, Transform
 from trainer.kernels import noise
 from trainer.losses.divergence import clamped_share
 from trainer.losses.reconstruction import bits_per_dim, dequantize
@@ -44,8 +44,8 @@ def evaluate(
     units = ActiveUnits()
     steps = None if limit is None else -(-limit // config.batch)
     with contextlib.closing(stream.evaluation(config.batch)) as batches:
-        for raw in islice(batches, steps):
-            given = to_device(raw, device=ranks.device, flip=False, seed=SEED)
+        feed = Feed(islice(batches, steps), device=ranks.device, transform=Transform.plain(config.data))
+        for given in feed:
             weight = given.weight.double()
             mean, logvar = method.encode(networks, given.image)
             values = {
@@ -60,6 +60,7 @@ def evaluate(
                 total = (value.double() * weight).sum()
                 sums[name] = sums[name] + total if name in sums else total
             units.add(mean[given.weight > 0])
+    ranks.agree(feed.fault)
     names = sorted(sums)
     total = ranks.sum(torch.stack([sums[name] for name in names]))
     found = dict(zip(names, total.tolist(), strict=True))

@@ -11,7 +11,7 @@ from trainer import config as configuration
 from trainer import show
 from trainer.board import Board, NoBoard
 from trainer.config import Config
-from trainer.data import Stream, to_device, to_uint8
+from trainer.data import Stream, Transform, to_device, to_uint8
 from trainer.losses.divergence import kl_per_dimension
 from trainer.methods import Method
 from trainer.parallel.ranks import Ranks
@@ -55,7 +55,7 @@ class Gallery:
         device = self.ranks.device
         z = show.latents(self.method, 8 * COLUMNS, device=device)
         sheets = {"samples": grid(show.samples(self.method, self.networks, z), columns=COLUMNS)}
-        given = to_device(self.test.first(4 * COLUMNS), device=device, flip=False, seed=0).image
+        given = to_device(self.test.first(4 * COLUMNS), device=device, transform=Transform.plain(self.config.data)).image
         rebuilt = show.reconstructions(self.method, self.networks, given)
         if rebuilt is not None:
             sheets["reconstructions"] = pairs(to_uint8(given), rebuilt, columns=COLUMNS)

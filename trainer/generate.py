@@ -1,7 +1,7 @@
 """A trained run as something that samples, reconstructs and measures: averaged weights, no optimiser."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,6 +62,8 @@ def load(run: Path, *, device: torch.device | None = None) -> Trained:
     found = checkpoint.load(path)
     source = str(path / "config.yaml")
     config = configuration.parse(config_yaml.loads(found.config_text, source=source), source=source)
+    # a checkpoint may come from anywhere: only a YAML that its user wrote may start programs
+    config = replace(config, data=replace(config.data, allow_pipe=False))
     place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = build.build_method(build.without_losses(config), device=place)
     networks = build.build_networks(method, seed=config.seed)

@@ -1,12 +1,13 @@
 """A run from its config to its last line: build, restore, then step, log, evaluate, save until the budget is spent."""
 
 import contextlib
+from collections.abc import Callable
 
 from trainer import build, progress
 from trainer.board import open_board
 from trainer.config import Config
-from trainer.data import to_device
-from trainer.errors import to_stderr
+from trainer.data import Feed, Transform
+from trainer.errors import one_line, to_stderr
 from trainer.evaluate import evaluate
 from trainer.gallery import Gallery
 from trainer.health import Collapse, NonFinite, Signals, check_finite
@@ -20,6 +21,7 @@ from trainer.step import means, train_step
 from trainer.terminal import open_terminal
 
 SHOWN = ("psnr", "nelbo")  # figures of the last line
+UNREADABLE = 1 << 16  # what a rank says that has no next batch; above every signal's code
 
 
 def train(config: Config) -> int:
@@ -44,7 +46,9 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
     networks = build.averages(engines)
     run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
-    test.first(1)  # a small split is read as a whole here: what is wrong with it is found before anything is trained
+    transform = Transform.training(config.data, seed=config.seed)
+    # a small split is read as a whole here: what is wrong with it is found before anything is trained
+    ranks.agree(_fault(lambda: test.first(1)))
     nonfinite, collapse = NonFinite(patience=config.log.patience), Collapse()
 
     # ---- restore
@@ -60,15 +64,19 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
         terminal.note(line)
 
     # ---- train
-    batches, speed = stream.batches(images), Speed(stream, images)
+    feed, speed = Feed(stream.batches(images), device=ranks.device, transform=transform), Speed(stream, images)
     code, stopping = 0, False
+    if images < config.images:
+        feed.fetch()
+        ranks.agree(feed.fault)
     while images < config.images and not stopping:
-        given = to_device(next(batches), device=ranks.device, flip=config.data.flip, seed=config.seed)
-        parts = build.split(given, micro_batches)
+        parts = build.split(feed.take(), micro_batches)
+        ending = images + config.batch >= config.images
+        if not ending:
+            feed.fetch()
         train_step(method, engines, parts, run, images=images, batch=config.batch, ranks=ranks)
         images += config.batch
-        ending = images >= config.images
-        code = 0 if ending else ranks.largest(signals.code)
+        code = 0 if ending else ranks.largest(signals.code if feed.fault is None else UNREADABLE)
         stopping = code > 0
         metrics: dict[str, float] = {}
 
@@ -106,6 +114,9 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
         speed.resume()
 
     # ---- end
+    if code == UNREADABLE:
+        terminal.note(f"the data cannot be read further; saved {saver.path}")
+        ranks.agree(feed.fault)
     if stopping:
         how = "the same command" if config.checkpoint.resume in ("auto", "must") else "checkpoint.resume=auto"
         terminal.finish(f"stopped at {images:,} images; saved {saver.path}; {how} goes on from there")
@@ -115,3 +126,12 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
     figures = ", ".join(f"{name} {value:.4g}" for name, value in final.items() if name in SHOWN)
     terminal.finish(f"trained on {images:,} images{f' ({figures})' if figures else ''}; everything is in {config.run}")
     return 0
+
+
+def _fault(call: Callable[[], object]) -> str | None:
+    """What is wrong with the data, on one line, where `call` finds that."""
+    try:
+        call()
+    except (ValueError, OSError) as error:
+        return one_line(error)
+    return None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.data import RawBatch, to_device, to_float, to_uint8
+from trainer.data import RawBatch, Transform, to_device, to_float, to_uint8
 
 
 def test_all_levels_make_the_round_trip() -> None:
@@ -40,8 +40,12 @@ def raw(count: int, first: int = 0) -> RawBatch:
     return RawBatch(image, torch.zeros(count, dtype=torch.int64), position, position.clone(), torch.ones(count))
 
 
+def transform(*, flip: bool, seed: int) -> Transform:
+    return Transform(height=1, width=3, fit="exact", flip=flip, seed=seed)
+
+
 def test_half_of_the_images_are_mirrored_and_only_left_to_right() -> None:
-    batch = to_device(raw(4000), device="cpu", flip=True, seed=1)
+    batch = to_device(raw(4000), device="cpu", transform=transform(flip=True, seed=1))
     rows = to_uint8(batch.image).view(4000, 3)
     mirrored = rows[:, 0] == 30
     assert torch.equal(rows[~mirrored], torch.tensor([[10, 20, 30]], dtype=torch.uint8).expand((~mirrored).sum(), 3))
@@ -51,13 +55,13 @@ def test_half_of_the_images_are_mirrored_and_only_left_to_right() -> None:
 
 
 def test_what_is_mirrored_depends_on_seed_and_position_alone() -> None:
-    whole = to_device(raw(64), device="cpu", flip=True, seed=7).image
-    part = to_device(raw(16, first=32), device="cpu", flip=True, seed=7).image
+    whole = to_device(raw(64), device="cpu", transform=transform(flip=True, seed=7)).image
+    part = to_device(raw(16, first=32), device="cpu", transform=transform(flip=True, seed=7)).image
     assert torch.equal(part, whole[32:48])
-    assert not torch.equal(to_device(raw(64), device="cpu", flip=True, seed=8).image, whole)
+    assert not torch.equal(to_device(raw(64), device="cpu", transform=transform(flip=True, seed=8)).image, whole)
 
 
 def test_without_flip_nothing_moves() -> None:
-    batch = to_device(raw(3), device="cpu", flip=False, seed=0)
+    batch = to_device(raw(3), device="cpu", transform=transform(flip=False, seed=0))
     assert to_uint8(batch.image).view(3, 3).tolist() == [[10, 20, 30]] * 3
     assert batch.position.tolist() == [0, 1, 2]

@@ -9,7 +9,7 @@ from tools.bench.bare import Batches
 from tools.bench.recipes import CLOCK
 from trainer import build, progress
 from trainer.config import Config
-from trainer.data import RawBatch, Stream, to_device
+from trainer.data import RawBatch, Stream, Transform, to_device
 from trainer.parallel.ranks import Ranks
 from trainer.phase import Run
 from trainer.step import means, train_step
@@ -33,12 +33,13 @@ def steps_of(config: Config, ranks: Ranks, batches: Iterator[RawBatch]) -> Calla
     method = build.build_method(config, device=ranks.device)
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
     run = Run(engines, seed=config.seed, balance=method.balance)
+    transform = Transform.training(config.data, seed=config.seed)
     clock = [CLOCK // config.batch * config.batch]
 
     def steps(count: int) -> None:
         for _ in range(count):
             raw = next(batches)
-            given = to_device(raw, device=ranks.device, flip=config.data.flip, seed=config.seed)
+            given = to_device(raw, device=ranks.device, transform=transform)
             parts = build.split(given, config.micro_batches(ranks.world))
             train_step(method, engines, parts, run, images=clock[0], batch=config.batch, ranks=ranks)
             clock[0] += config.batch

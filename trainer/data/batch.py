@@ -2,11 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-from trainer.data.pixels import to_float
-from trainer.kernels import noise
 
 
 @dataclass
@@ -24,6 +20,10 @@ class RawBatch:
     weight: Tensor
     """float32 (b): 0 for padding of the last batch of an evaluation (and for a bad sample there), else 1."""
 
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.data, self.label, self.position, self.index, self.weight
+
 
 @dataclass
 class Batch:
@@ -36,14 +36,3 @@ class Batch:
     index: Tensor
     weight: Tensor
 
-
-def to_device(raw: RawBatch, *, device: torch.device | str, flip: bool, seed: int) -> Batch:
-    """Copies bytes and converts there. flip: each image is mirrored left to right where uniform(seed, "flip", position)
-    is below 1/2, so the same image at the same position on any rank."""
-    image, label, position, index, weight = (
-        tensor.to(device, non_blocking=True) for tensor in (raw.data, raw.label, raw.position, raw.index, raw.weight)
-    )
-    if flip:
-        mirrored = noise.uniform(seed, "flip", position, ()) < 0.5
-        image = torch.where(mirrored.view(-1, 1, 1, 1), image.flip(2), image)
-    return Batch(to_float(image), label, position, index, weight)

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from trainer import bounds
 
+Fit = Literal["exact", "resize", "center", "random"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteConfig:
@@ -53,7 +55,7 @@ class Reading:
     """Pixels that the networks see: a side of square images, or (height, width)."""
     channels: Literal[1, 3] = 3
     """1: grey, 3: colour. Grey images are repeated where 3 are asked for; colour is refused where 1 is."""
-    fit: Literal["exact", "resize", "center", "random"] = "exact"
+    fit: Fit = "exact"
     """From the images of the shards to `size`. exact: they must be of that size. resize: scaled (antialiased) until
     `size` is just covered, the centre cut out. center, random: that part cut out unscaled; random by position, and the
     centre in an evaluation."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
@@ -56,6 +57,24 @@ class Ranks:
     def total(self, count: int) -> int:
         """The sum of a count over ranks."""
         return int(self.sum(torch.tensor(count))) if self.world > 1 else count
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every rank, in order, on every rank."""
+        if self.world == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.tensor(0) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor(len(data)), group=self._host)
+        longest = max(int(size) for size in sizes)
+        padded = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(padded, F.pad(data, (0, longest - len(data))), group=self._host)
+        pairs = zip(padded, sizes, strict=True)
+        return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in pairs]
+
+    def agree(self, fault: str | None) -> None:
+        """A collective. ValueError on all ranks, with the fault of the first rank that has one; all None: nothing."""
+        if self.largest(int(fault is not None)):
+            raise ValueError(next(text for text in self.gather(fault) if text is not None))
 
     def together(self, call: Callable[[], Any]) -> Any:
         """Rank 0's call, and its JSON result on every rank. Its exception ends them all, and rank 0 says why."""
