@@ -1,12 +1,13 @@
 """Which sample stands at which position: a pure function of (seed, position), for ever.
 
-Position p lies in epoch p // N. In each epoch the shards are permuted, cut into windows of `window` shards, and the
-samples of a window are permuted. So every sample is seen once an epoch, few shards are open at a time, and going on at
-any position costs one window. The permutation is our own (splitmix64 and a stable sort): numpy's may change between
+Position p lies in epoch p // length. In each epoch the shards are permuted, cut into windows of `window` shards, and
+the samples of a window are permuted. So every sample is seen once an epoch, few shards are open at a time, and going on
+at any position costs one window. The permutation is our own (splitmix64 and a sort): numpy's may change between
 versions (NEP 19).
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,63 +25,112 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return x ^ (x >> np.uint64(31))
 
 
-def permutation(n: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of 0..n-1 that depends on the key alone."""
+def derive(*key: int) -> int:
+    """64 bits that depend on the key alone."""
     state = np.zeros(1, np.uint64)
     for part in key:
         state = mix(state ^ np.uint64(part & _MASK))
+    return int(state[0])
+
+
+def permutation(n: int, *key: int) -> NDArray[np.int64]:
+    """A permutation of 0..n-1 that depends on the key alone."""
     with np.errstate(over="ignore"):
-        return np.argsort(mix(np.arange(n, dtype=np.uint64) + state), kind="stable")
+        # no two are equal, since splitmix64 maps one to one: any sort gives this permutation, so the fastest may
+        return np.argsort(mix(np.arange(n, dtype=np.uint64) + np.uint64(derive(*key))))
+
+
+class _Epoch(NamedTuple):
+    number: int
+    shards: NDArray[np.int64]
+    """Permuted; window w holds the w-th `width` of them."""
+    ends: NDArray[np.int64]
+    """The position in the epoch at which each window ends."""
 
 
 class Order:
     """`take(start, count)` gives sample numbers 0..N-1 (in the order of the shards) at positions
     start..start+count-1."""
 
-    def __init__(self, sizes: Sequence[int], *, seed: int, window: int) -> None:
-        """sizes: samples of each shard, all at least 1. window: shards whose samples are mixed, at least 1."""
-        assert len(sizes) and min(sizes) > 0 and window > 0
+    def __init__(
+        self, sizes: Sequence[int] | NDArray[np.int64], *, seed: int, window: int | None, batch: int | None = None
+    ) -> None:
+        """sizes: samples of each shard, all at least 1. window: shards whose samples are mixed, at least 1; None for
+        all. A window is ordered as a whole, which takes some 30 bytes a sample of it.
+
+        batch: an epoch ends with the last whole batch, and what is left of its order is dropped; another epoch drops
+        others. None: the tail is carried into the batch that the next epoch fills. ValueError where a batch is larger
+        than an epoch.
+        """
         self.sizes = np.asarray(sizes, np.int64)
+        assert len(self.sizes) and self.sizes.min() > 0 and (window is None or window > 0)
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.samples = int(self.sizes.sum())
-        self.seed, self.width = seed, window
-        self._epoch: tuple[int, list[NDArray[np.int64]], NDArray[np.int64]] | None = None
+        self.length = self.samples if batch is None else self.samples // batch * batch
+        """Positions of an epoch."""
+        if not self.length:
+            raise ValueError(
+                f"data.tail: drop leaves nothing of {self.samples:,} samples, as a batch is {batch:,}; "
+                "take a smaller batch, or tail: carry"
+            )
+        self.seed, self.width = seed, window or len(self.sizes)
+        self._epochs: tuple[_Epoch, ...] = ()
         self._window: tuple[int, int, NDArray[np.int64]] | None = None
 
     def take(self, start: int, count: int) -> NDArray[np.int64]:
-        """int64 (count,); crosses windows and epochs."""
-        parts: list[NDArray[np.int64]] = []
-        while count > 0:
-            epoch, at = divmod(start, self.samples)
-            _, ends = self._windows(epoch)
-            number = int(np.searchsorted(ends, at, "right"))
-            whole = self._samples(epoch, number)
-            at -= int(ends[number]) - len(whole)
-            part = whole[at : at + count]
-            parts.append(part)
-            start += len(part)
-            count -= len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int64)])
+        """int64 (count,), the caller's own; crosses windows and epochs."""
+        taken = np.empty(count, np.int64)
+        filled = 0
+        while filled < count:
+            epoch, at = divmod(start + filled, self.length)
+            number = self._number(epoch, at)
+            rows = self._samples(epoch, number)
+            skip = at - (int(self._epoch(epoch).ends[number]) - len(rows))
+            part = rows[skip : skip + min(count - filled, self.length - at)]
+            taken[filled : filled + len(part)] = part
+            filled += len(part)
+        return taken
 
     def shards(self, start: int) -> NDArray[np.int64]:
         """Numbers of the shards of the window that holds position `start`."""
-        epoch, at = divmod(start, self.samples)
-        windows, ends = self._windows(epoch)
-        return windows[int(np.searchsorted(ends, at, "right"))]
+        epoch, at = divmod(start, self.length)
+        return self._shards(epoch, self._number(epoch, at))
 
-    def _windows(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-        """The shards of each window, and the position in the epoch at which it ends."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            shards = permutation(len(self.sizes), self.seed, epoch, _SHARDS)
-            windows = [shards[i : i + self.width] for i in range(0, len(shards), self.width)]
-            ends = np.cumsum([self.sizes[window].sum() for window in windows], dtype=np.int64)
-            self._epoch = (epoch, windows, ends)
-        return self._epoch[1:]
+    def following(self, start: int) -> NDArray[np.int64]:
+        """Numbers of the shards of the window after that of position `start`, which may be the next epoch's first."""
+        epoch, at = divmod(start, self.length)
+        number = self._number(epoch, at)
+        last = int(self._epoch(epoch).ends[number]) >= self.length
+        return self._shards(epoch + 1, 0) if last else self._shards(epoch, number + 1)
+
+    def _epoch(self, number: int) -> _Epoch:
+        """Two are kept, as whoever reads ahead asks for this and the next in turns. Threads may ask at once: what is
+        kept is replaced as a whole."""
+        for epoch in self._epochs:
+            if epoch.number == number:
+                return epoch
+        shards = permutation(len(self.sizes), self.seed, number, _SHARDS)
+        ends = np.cumsum(np.add.reduceat(self.sizes[shards], np.arange(0, len(shards), self.width)))
+        epoch = _Epoch(number, shards, ends)
+        self._epochs = (*self._epochs[-1:], epoch)
+        return epoch
+
+    def _number(self, epoch: int, at: int) -> int:
+        """The window that holds position `at` of an epoch."""
+        return int(np.searchsorted(self._epoch(epoch).ends, at, "right"))
+
+    def _shards(self, epoch: int, number: int) -> NDArray[np.int64]:
+        return self._epoch(epoch).shards[number * self.width : (number + 1) * self.width]
 
     def _samples(self, epoch: int, number: int) -> NDArray[np.int64]:
         """The samples of a window, permuted; the last one asked for is kept."""
-        if self._window is None or self._window[:2] != (epoch, number):
-            shards = self._windows(epoch)[0][number]
-            rows = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.sizes[s]) for s in shards])
-            self._window = (epoch, number, rows[permutation(len(rows), self.seed, epoch, _SAMPLES, number)])
-        return self._window[2]
+        kept = self._window
+        if kept is not None and kept[:2] == (epoch, number):
+            return kept[2]
+        shards = self._shards(epoch, number)
+        sizes = self.sizes[shards]
+        shift = self.starts[shards] - (np.cumsum(sizes) - sizes)  # from a place in the window to a sample's number
+        places = permutation(int(sizes.sum()), self.seed, epoch, _SAMPLES, number)
+        rows = np.repeat(shift, sizes)[places] + places
+        self._window = (epoch, number, rows)
+        return rows

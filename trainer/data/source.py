@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.mixture import Mixture
 from trainer.data.order import Order
 
 
@@ -25,7 +26,7 @@ class Training:
     """Endless. Global batch k holds positions start + k * batch ... + batch - 1; rank r reads the r-th of `world` equal
     parts of it. So the global batches are the same for any world size and from any start."""
 
-    order: Order
+    order: Order | Mixture
     start: int
     """Images seen."""
     batch: int
