@@ -245,6 +245,20 @@ def _poisoned(made: Small, number: int) -> None:
         delattr(made.method, phase)
 
 
+# ---------------------------------------------------------------- what ranks tell each other
+def agreement(ranks: Ranks) -> dict[str, Any]:
+    """Values of any length from every rank, and faults of the last rank, of all, of none."""
+    found: dict[str, Any] = {"gathered": ranks.gather({"rank": ranks.rank, "text": "ä" * 1000 * ranks.rank})}
+    last = ranks.rank == ranks.world - 1
+    for case, fault in {"last": "cut" if last else None, "all": f"rank {ranks.rank}", "none": None}.items():
+        try:
+            ranks.agree(fault)
+            found[case] = None
+        except ValueError as error:
+            found[case] = str(error)
+    return found
+
+
 PROBES: dict[str, Callable[[Ranks], Any]] = {
     "buffers": buffers,
     "reductions": reductions,
@@ -252,4 +266,5 @@ PROBES: dict[str, Callable[[Ranks], Any]] = {
     "rates": rates,
     "draws": draws_of,
     "nonfinite": nonfinite,
+    "agreement": agreement,
 }

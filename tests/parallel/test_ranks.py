@@ -135,3 +135,16 @@ def test_a_balance_whose_first_measure_is_not_finite_waits_for_a_finite_one(one:
     """With 0 in place of "not measured" the next weight was the ceiling of 10000, and stayed in the average."""
     for rank in (one, *two):
         assert rank["nonfinite"]["vaegan_output/adam/0"]["weight"] == [0.0]
+
+
+# ---------------------------------------------------------------- agreement
+def test_ranks_tell_each_other_values_of_any_length(one: Answers, two: list[Answers]) -> None:
+    for world, ranks in ((1, [one]), (2, two)):
+        for rank in ranks:
+            assert rank["agreement"]["gathered"] == [{"rank": r, "text": "ä" * 1000 * r} for r in range(world)]
+
+
+def test_a_fault_of_any_rank_is_raised_on_all_with_the_words_of_the_first(one: Answers, two: list[Answers]) -> None:
+    for rank in (one, *two):
+        found = rank["agreement"]
+        assert (found["last"], found["all"], found["none"]) == ("cut", "rank 0", None)
