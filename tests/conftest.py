@@ -43,8 +43,8 @@ def few(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[:, :, 0]).save(path)
     shards = folder / "shards"
-    arguments = ["folder", str(folder / "images"), str(shards), "--test-split", "test", "--workers", "1"]
-    assert make([*arguments, "--shard-mb", "0.1"]) == 0
+    arguments = ["folder", str(folder / "images"), str(shards), "--splits", "train,test", "--workers", "1"]
+    assert make([*arguments, "--shard-size", "100KB"]) == 0
     return shards
 
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import shutil
+import tarfile
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 import webdataset
 from webdataset import tariterators
 
+from tests.tools.debs import package
 from tools.shards import fashion
 from tools.shards.make import main
 from trainer.data import ShardsConfig, Stream
@@ -87,28 +89,52 @@ def site(small: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_the_site_is_the_last_way(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_site_is_the_last_way_and_what_it_gave_is_kept(
+    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)  # a machine without apt
-    monkeypatch.setattr(fashion, "from_site", partial(fashion.from_site, site=site))
-    fashion.from_site.__name__ = "from_site"  # type: ignore[attr-defined]
-    with fashion.files(None) as folder:
+    monkeypatch.setattr(fashion, "SITE", site)
+    with fashion.files(None, cache=tmp_path / "cache") as folder:
         assert len(fashion.read(folder)["train"][1]) == 30
-    assert not folder.exists()
+    monkeypatch.setattr(fashion, "SITE", f"{site}gone/")
+    with fashion.files(None, cache=tmp_path / "cache") as folder:
+        assert len(fashion.read(folder)["train"][1]) == 30
 
 
 def test_when_no_way_works_each_is_named_with_its_reason(
-    small: Path, site: str, monkeypatch: pytest.MonkeyPatch
+    small: Path, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    broken = partial(fashion.from_site, site=f"{site}gone/")
-    broken.__name__ = "from_site"  # type: ignore[attr-defined]
-    monkeypatch.setattr(fashion, "from_site", broken)
-    pattern = r"from debian: this machine has no apt-get; from site: HTTP Error 404.*--from"
-    with pytest.raises(ValueError, match=pattern), fashion.files(None):
+    monkeypatch.setattr(fashion, "SITE", f"{site}gone/")
+    pattern = r"from debian: this machine has no dpkg-deb.*; from site: HTTP Error 404.*--from"
+    with pytest.raises(ValueError, match=pattern), fashion.files(None, cache=tmp_path / "cache"):
         pass
 
 
-def test_the_installed_package_is_the_first_way(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_installed_package_is_the_first_way(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fashion, "INSTALLED", small)
-    with fashion.files(None) as folder:
+    with fashion.files(None, cache=tmp_path / "cache") as folder:
         assert folder == small
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
+def test_a_debian_package_in_a_folder_is_taken_without_network(small: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(small, tree / "usr/share/datasets/fashion-mnist")
+    debs = package(tree, fashion.PACKAGE, tmp_path / "debs")
+    fashion.INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # the fixture puts it back
+    with fashion.files(debs, cache=tmp_path / "cache") as folder:
+        assert len(fashion.read(folder)["test"][1]) == 20
+
+
+def test_size_format_and_order_can_be_chosen(small: Path, tmp_path: Path) -> None:
+    options = ["--size", "32", "--format", "png", "--no-shuffle", "--shard-size", "10KB"]
+    assert main(["fashion-mnist", str(tmp_path / "out"), "--from", str(small), *options]) == 0
+    config = ShardsConfig(path=tmp_path / "out", size=32, channels=1)
+    stream = Stream(config, split="test", batch=4, rank=0, world=1, seed=0)
+    assert stream.first(2).data.shape == (2, 32, 32, 1)
+    with tarfile.open(tmp_path / "out" / "test" / "test-00000.tar") as shard:
+        names = shard.getnames()
+    assert names[:4] == ["00000.png", "00000.cls", "00001.png", "00001.cls"]
+    assert len(list((tmp_path / "out" / "train").glob("*.tar"))) > 5

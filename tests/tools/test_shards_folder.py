@@ -40,7 +40,7 @@ def noisy(path: Path, seed: int, size: tuple[int, int] = (80, 72), **options: ob
 
 
 def make(source: Path, dest: Path, *options: str) -> int:
-    return main(["folder", str(source), str(dest), "--holdout", "0", *options])
+    return main(["folder", str(source), str(dest), "--val-fraction", "0", *options])
 
 
 def samples(folder: Path) -> Iterator[dict[str, object]]:
@@ -201,7 +201,7 @@ def test_size_makes_the_set_uniform_and_without_it_the_trainer_refuses(tmp_path:
 def test_sizes_are_recorded_over_all_shards(tmp_path: Path) -> None:
     for number in range(6):
         picture(tmp_path / "in" / f"{number}.png", size=(10 + number, 20 - number))
-    make(tmp_path / "in", tmp_path / "out", "--shard-mb", "0.001")
+    make(tmp_path / "in", tmp_path / "out", "--shard-size", "1KB")
     found = indices.load(tmp_path / "out", "train")
     assert len(found.shards) == 6
     assert (found.height, found.width) == ((15, 20), (10, 15))
@@ -323,13 +323,13 @@ def test_a_dest_inside_the_source_is_refused(tmp_path: Path) -> None:
 def test_the_holdout_is_chosen_by_name_and_is_never_trained_on(tmp_path: Path) -> None:
     for number in range(60):
         picture(tmp_path / "in" / f"{number % 3}" / f"{number}.png", (number, 0, 0), size=(4, 4))
-    main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--holdout", "0.25"])
+    main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--val-fraction", "0.25"])
     train, test = (set(by_path(tmp_path / "out" / split)) for split in ("train", "test"))
     assert not train & test
     assert len(train | test) == 60
     assert 5 <= len(test) <= 26  # 15 expected, three standard deviations of 3.4
     picture(tmp_path / "in" / "0" / "new.png", size=(4, 4))
-    main(["folder", str(tmp_path / "in"), str(tmp_path / "more"), "--holdout", "0.25"])
+    main(["folder", str(tmp_path / "in"), str(tmp_path / "more"), "--val-fraction", "0.25"])
     assert set(by_path(tmp_path / "more" / "test")) - {"0/new.png"} == test  # images do not change sides
 
 
@@ -343,14 +343,14 @@ def test_a_small_folder_has_a_test_image_too(tmp_path: Path) -> None:
 def test_a_test_folder_shares_the_classes_of_the_training_folder(tmp_path: Path) -> None:
     for name in ("train/1/a.png", "train/10/b.png", "val/10/c.png", "val/2/d.png"):
         picture(tmp_path / "in" / name)
-    main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--test-split", "val"])
+    main(["folder", str(tmp_path / "in"), str(tmp_path / "out"), "--splits", "train,val"])
     for split in ("train", "test"):
         assert content(tmp_path / "out" / split)["classes"] == ["1", "2", "10"]
     assert {p: s["cls"] for p, s in by_path(tmp_path / "out" / "test").items()} == {
         "val/10/c.png": b"2", "val/2/d.png": b"1",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="--test-split gone names no folder"):
-        main(["folder", str(tmp_path / "in"), str(tmp_path / "x"), "--test-split", "gone"])
+    with pytest.raises(ValueError, match="--splits names gone, which is no folder"):
+        main(["folder", str(tmp_path / "in"), str(tmp_path / "x"), "--splits", "train,gone"])
 
 
 def test_samples_are_shuffled_when_packed_and_the_seed_decides(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_an_interrupted_set_goes_on_to_the_same_bytes(
     for number in range(24):
         noisy(tmp_path / "in" / f"{number}.png", number, size=(16, 16))
     (tmp_path / "in" / "bad.png").write_text("no")
-    options = ("--shard-mb", "0.01", "--max-bad", "0.1", "--workers", "1")
+    options = ("--shard-size", "10KB", "--max-bad", "0.1", "--workers", "1")
     make(tmp_path / "in", tmp_path / "whole", *options)
     real, count = folder.Encode._pack, iter(range(1, 1000))
 
@@ -422,7 +422,7 @@ def test_an_interrupted_set_goes_on_to_the_same_bytes(
 def test_a_killed_maker_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     for number in range(60):
         noisy(tmp_path / "in" / f"{number}.png", number, size=(200, 200))
-    options = ["--holdout", "0", "--shard-mb", "0.3", "--workers", "2", "--format", "png"]
+    options = ["--val-fraction", "0", "--shard-size", "0.3MB", "--workers", "2", "--format", "png"]
     command = [
         sys.executable,
         "-m",
@@ -455,7 +455,7 @@ def test_two_makers_do_not_work_on_one_set(tmp_path: Path) -> None:
 def made(tmp_path: Path) -> Path:
     for number in range(12):
         noisy(tmp_path / "in" / f"{number}.png", number, size=(16, 16))
-    make(tmp_path / "in", tmp_path / "out", "--shard-mb", "0.01")
+    make(tmp_path / "in", tmp_path / "out", "--shard-size", "10KB")
     return tmp_path / "out"
 
 
@@ -530,9 +530,9 @@ def test_each_help_shows_an_example(words: list[str], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "options",
     [
-        ["--size", "0"], ["--size", "1x2x3"], ["--size", "big"], ["--holdout", "1"], ["--workers", "0"],
+        ["--size", "0"], ["--size", "1x2x3"], ["--size", "big"], ["--val-fraction", "1"], ["--workers", "0"],
         ["--max-bad", "-1"], ["--background", "1,2"], ["--background", "1,2,300"], ["--range", "1,0"],
-        ["--shard-mb", "0"], ["--max-megapixels", "-1"],
+        ["--shard-size", "64"], ["--shard-size", "0MB"], ["--splits", "train"], ["--max-megapixels", "-1"],
     ],
 )  # fmt: skip
 def test_a_bad_option_is_named(tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """An image as bytes for a shard."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -8,7 +9,6 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from PIL import Image
 
-FORMATS = ("auto", "npy", "png", "jpeg", "webp")
 SMALL = 64
 """Pixels: images that are no larger are stored as they are (.npy), which reads 50 times faster than PNG."""
 JPEG_QUALITY = 95
@@ -21,24 +21,34 @@ def npy(image: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def encode(image: NDArray[np.uint8], form: str) -> tuple[str, bytes]:
-    """(field, bytes) of a uint8 (H, W, C) image. auto: npy up to 64 x 64, else JPEG of quality 95 without chroma
-    loss."""
+class Encoded(NamedTuple):
+    field: str
+    data: bytes
+    shape: tuple[int, int, int]
+    """Height, width, channels as stored."""
+
+
+def encode(image: NDArray[np.uint8], form: str) -> Encoded:
+    """A uint8 (H, W, C) image as one of tools.shards.options.FORMATS.
+
+    auto: npy up to 64 x 64, else JPEG of quality 95 without chroma loss.
+    """
     height, width, channels = image.shape
     if form == "auto":
-        form = "npy" if max(height, width) <= SMALL else "jpeg"
+        form = "npy" if max(height, width) <= SMALL else "jpg"
     if form == "npy":
-        return "npy", npy(image)
-    if form == "jpeg":
+        return Encoded("npy", npy(image), (height, width, channels))
+    if form == "jpg":
         colour = "GRAY" if channels == 1 else "RGB"
         data = simplejpeg.encode_jpeg(
             np.ascontiguousarray(image), quality=JPEG_QUALITY, colorspace=colour, colorsubsampling="444"
         )
-        return "jpg", data
+        return Encoded("jpg", data, (height, width, channels))
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
     file = io.BytesIO()
     if form == "png":
         picture.save(file, "PNG", compress_level=6)
-    else:
-        picture.save(file, "WEBP", lossless=True, quality=50, method=4)
-    return form, file.getvalue()
+        return Encoded("png", file.getvalue(), (height, width, channels))
+    assert form == "webp"
+    picture.save(file, "WEBP", lossless=True, quality=50, method=4)
+    return Encoded("webp", file.getvalue(), (height, width, 3))  # it stores no grey

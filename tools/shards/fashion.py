@@ -1,21 +1,22 @@
 """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017; MIT licence): 60,000 + 10,000 grey images of 28 x 28, 10 classes."""
 
+import argparse
 import contextlib
 import gzip
 import hashlib
-import os
-import shutil
-import subprocess
 import tempfile
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.shards.encode import npy
-from tools.shards.pack import Packed, Plan
+from tools.shards import debian
+from tools.shards.encode import encode
+from tools.shards.fetch import download, kept
+from tools.shards.pack import Bar, Packed, Plan, complete, pack
+from trainer.data import convert
 from trainer.data.order import permutation
 
 FILES = {  # sha256, the same from Debian's package and from the project's site
@@ -31,33 +32,56 @@ PREFIXES = {"train": "train", "test": "t10k"}
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 SITE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # https is not offered: the digests guard it
-SHARD_BYTES = 5_000 * 2_560  # 5,000 samples: a header and 912 bytes, a header and one digit, in blocks of 512
-TIMEOUT = 60  # seconds without a byte
+SIZE = (28, 28)
+SHARD_BYTES = 12_800_000  # 5,000 samples: a header and 912 bytes, a header and one digit, in blocks of 512
+Arrays = dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]
+"""{split: (images (N, 28, 28), labels (N,))}."""
 
 
-def plan(arrays: dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]], *, seed: int) -> Plan[int]:
+def make(options: argparse.Namespace, *, bar: Bar, say: Callable[[str], int]) -> int:
+    """`tandem data make fashion-mnist`. The key of a sample is its number in the original file."""
+    wanted: dict[str, Any] = {"kind": "fashion-mnist", "seed": options.seed}
+    if options.size != SIZE:
+        wanted["size"] = options.size
+    if options.format not in ("auto", "npy"):
+        wanted["format"] = options.format
+    if not options.shuffle:
+        wanted["shuffle"] = False
+    if options.shard_size != SHARD_BYTES:
+        wanted["shard_size"] = options.shard_size
+    if complete(options.dest, ("train", "test"), wanted):
+        return say(f"{options.dest}: already complete; nothing was written")
+    with files(options.given, cache=options.cache) as folder:
+        arrays = read(folder)
+    form = "npy" if options.format == "auto" else options.format
+
+    def encoded(split: str, number: int, row: int) -> Packed:
+        images, labels = arrays[split]
+        made = encode(convert.resize(images[row][..., None], options.size), form)
+        return Packed(f"{row:05d}", *made[:2], int(labels[row]), None, made.shape)
+
+    wanted_plan = plan(arrays, seed=options.seed, shuffle=options.shuffle, options=wanted)
+    with bar(sum(map(len, wanted_plan.splits.values()))) as advance:
+        pack(
+            options.dest, wanted_plan, encoded, shard_bytes=options.shard_size, workers=options.workers, max_bad=0.0,
+            advance=advance,
+        )  # fmt: skip
+    train, test = (len(wanted_plan.splits[split]) for split in ("train", "test"))
+    size = " x ".join(map(str, options.size))
+    return say(f"{options.dest}: {train:,} training and {test:,} test images, {size} grey, 10 classes")
+
+
+def plan(arrays: Arrays, *, seed: int, shuffle: bool, options: dict[str, Any]) -> Plan[int]:
     counts = {split: len(labels) for split, (_, labels) in arrays.items()}
-    splits = {split: permutation(count, seed, number) for number, (split, count) in enumerate(counts.items())}
-    return Plan(
-        splits={split: rows.tolist() for split, rows in splits.items()},
-        classes=CLASSES,
-        options={"kind": "fashion-mnist", "seed": seed},
-        notes={"licence": "MIT (Zalando SE)", "source": "Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747"},
-    )
+    splits = {
+        split: permutation(count, seed, number).tolist() if shuffle else list(range(count))
+        for number, (split, count) in enumerate(counts.items())
+    }
+    notes = {"licence": "MIT (Zalando SE)", "source": "Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747"}
+    return Plan(splits=splits, classes=CLASSES, options=options, notes=notes)
 
 
-class Encode:
-    """The key of a sample is its number in the original file."""
-
-    def __init__(self, arrays: dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
-        self.arrays = arrays
-
-    def __call__(self, split: str, number: int, row: int) -> Packed:
-        images, labels = self.arrays[split]
-        return Packed(f"{row:05d}", "npy", npy(images[row][..., None]), int(labels[row]), None, (28, 28, 1))
-
-
-def read(folder: Path) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+def read(folder: Path) -> Arrays:
     """{split: (images (N, 28, 28), labels (N,))}. ValueError where a file is not the published one."""
     fault = damage(folder)
     if fault:
@@ -84,74 +108,50 @@ def damage(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def files(given: Path | None) -> Iterator[Path]:
+def files(given: Path | None, *, cache: Path) -> Iterator[Path]:
     """A folder with the four files: `given`, else the installed Debian package, else that package fetched without root,
     else from the project's site. ValueError says why each way failed."""
-    if given is not None or damage(INSTALLED) is None:
-        yield given or INSTALLED
-        return
-    tried = []
     with tempfile.TemporaryDirectory(prefix="tandem-fashion-mnist-") as name:
-        for number, fetch in enumerate((from_debian, from_site)):
-            folder = Path(name) / str(number)
-            folder.mkdir()
-            try:
-                found = fetch(folder)
-            except OSError as error:
-                tried.append(f"{fetch.__name__.replace('_', ' ')}: {error}")
-                continue
-            fault = damage(found)
-            if fault is None:
-                yield found
-                return
-            tried.append(f"{fetch.__name__.replace('_', ' ')}: {fault}")
+        into = Path(name)
+        if given is not None:
+            yield from_debian(into, given=given, cache=cache) if debian.newest(given, PACKAGE) else given
+        elif damage(INSTALLED) is None:
+            yield INSTALLED
+        else:
+            yield _fetched(into, cache)
+
+
+def _fetched(into: Path, cache: Path) -> Path:
+    tried = []
+    for way, fetch in (
+        ("from debian", lambda: from_debian(into, given=None, cache=cache)),
+        ("from site", lambda: from_site(cache)),
+    ):
+        try:
+            found = fetch()
+        except OSError as error:
+            tried.append(f"{way}: {error}")
+            continue
+        fault = damage(found)
+        if fault is None:
+            return found
+        tried.append(f"{way}: {fault}")
     raise ValueError(
         f"fashion-mnist: cannot be fetched ({'; '.join(tried)}); install the Debian package {PACKAGE}, "
         f"or give a folder that holds {', '.join(FILES)} with --from"
     )
 
 
-def from_debian(folder: Path) -> Path:
-    """Downloads and unpacks the package, with apt's state of its own where this machine's lists do not know it."""
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise OSError("this machine has no apt-get")
-    private = []
-    for part in ("state/lists/partial", "cache/archives/partial"):
-        (folder / part).mkdir(parents=True)
-    for key, value in {
-        "Dir::State": folder / "state",
-        "Dir::State::status": "/var/lib/dpkg/status",
-        "Dir::Cache": folder / "cache",
-        "APT::Sandbox::User": "root",  # the folder is ours alone, so apt's own user cannot write there
-    }.items():
-        private += ["-o", f"{key}={value}"]
-    polite = ["-o", "Acquire::Retries=2", "-o", f"Acquire::http::Timeout={TIMEOUT}"]
-    sandbox = ["-o", "APT::Sandbox::User=root"]
-    try:
-        _run(["apt-get", "-q", *polite, *sandbox, "download", PACKAGE], folder)
-    except OSError:
-        _run(["apt-get", "-q", *polite, *private, "update"], folder)
-        _run(["apt-get", "-q", *polite, *private, "download", PACKAGE], folder)
-    package = next(iter(sorted(folder.glob(f"{PACKAGE}_*.deb"))), None)
-    if package is None:
-        raise OSError("apt-get downloaded nothing")
-    _run(["dpkg-deb", "-x", str(package), str(folder / "unpacked")], folder)
-    return folder / "unpacked" / INSTALLED.relative_to("/")
+def from_debian(into: Path, *, given: Path | None, cache: Path) -> Path:
+    return debian.unpacked([PACKAGE], given=given, cache=cache, into=into) / INSTALLED.relative_to("/")
 
 
-def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(
-        command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise OSError(f"{command[0]} says: {lines[-1] if lines else f'exit code {done.returncode}'}")
-
-
-def from_site(folder: Path, site: str = SITE) -> Path:
-    for name in FILES:
-        aside = folder / f"{name}.part"
-        with urllib.request.urlopen(f"{site}{name}", timeout=TIMEOUT) as source, aside.open("wb") as file:  # noqa: S310
-            shutil.copyfileobj(source, file)
-        os.replace(aside, folder / name)  # noqa: PTH105
-    return folder
+def from_site(cache: Path) -> Path:
+    """The four files in the cache. OSError: the site does not give one."""
+    with kept(cache) as folder:
+        place = folder / "fashion-mnist"
+        place.mkdir(exist_ok=True)
+        for name in FILES:
+            if not (place / name).exists():
+                download(f"{SITE}{name}", place / name)
+        return place

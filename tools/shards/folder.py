@@ -6,16 +6,16 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from tools.shards.encode import SMALL, encode
-from tools.shards.pack import LeftOut, Packed, Plan, complete, pack
+from tools.shards.encode import SMALL, Encoded, encode
+from tools.shards.pack import Bar, LeftOut, Packed, Plan, complete, pack
 from trainer.data import convert
 from trainer.data.convert import Undecodable
 
@@ -25,7 +25,8 @@ EXTENSIONS = frozenset(
 """Compared without regard to case; the format is found from the content."""
 LARGEST_FILE = 1 << 30  # bytes
 DECISIVE = (
-    "size", "channels", "holdout", "test_split", "format", "background", "range", "max_megapixels", "shard_mb", "seed",
+    "size", "channels", "val_fraction", "splits", "format", "background", "range", "max_megapixels", "shard_size",
+    "shuffle", "seed",
 )  # fmt: skip
 """Options that the bytes of the shards depend on."""
 SHOWN = 10  # names of left-out images on the terminal; the index names all
@@ -107,58 +108,72 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def hashed(seed: int, name: str) -> int:
-    """64 bits from the seed and a path: the order in the shards and the choice of the holdout."""
+    """64 bits from the seed and a path: the order in the shards and the choice of the test split."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0".encode() + os.fsencode(name)).digest()[:8], "little")
 
 
 def plan(
-    listing: Listing, source: Path, *, seed: int, holdout: float, test_split: str | None, options: dict[str, Any]
-) -> Plan[Found]:
+    listing: Listing, source: Path, *, seed: int, val_fraction: float, splits: tuple[str, str] | None, shuffle: bool,
+    options: dict[str, Any],
+) -> Plan[Found]:  # fmt: skip
     """Splits, classes and order. The first folder of a path (below the split's folder) is its class."""
     names = [name for name, _, _ in listing.images]
     if not names:
         kinds = " ".join(sorted(EXTENSIONS))
         passed = f" ({listing.others} other files, {len(listing.hidden)} hidden)"
         raise ValueError(f"{source}: holds no images{passed}; images are files ending in {kinds}")
-    split_of, rest = _splits(names, source, seed=seed, holdout=holdout, test_split=test_split)
-    folders = sorted({rest[name].partition("/")[0] for name in names if "/" in rest[name]}, key=natural)
+    if splits is None:
+        below = {split: {name: name for name in part} for split, part in divide(names, seed, val_fraction).items()}
+    else:
+        below = {split: _below(names, source, part) for split, part in zip(("train", "test"), splits, strict=True)}
+    folders = sorted({_class(path) for part in below.values() for path in part.values()} - {""}, key=natural)
     number = {folder: label for label, folder in enumerate(folders)}
-    splits: dict[str, list[Found]] = {"train": [], "test": []}
-    for name in sorted(names, key=lambda name: (hashed(seed, name), name)):
-        label = number[rest[name].partition("/")[0]] if "/" in rest[name] else -1
-        splits[split_of[name]].append(Found(name, label))
-    if not splits["train"]:
-        raise ValueError(f"{source}: leaves no image for training; lower --holdout, or name another --test-split")
-    if not splits["test"]:
-        del splits["test"]
+    ordered = {
+        split: [Found(name, number.get(_class(part[name]), -1)) for name in order(part, seed, shuffle=shuffle)]
+        for split, part in below.items()
+        if part
+    }
+    if "train" not in ordered:
+        raise ValueError(f"{source}: leaves no image for training; lower --val-fraction")
     files = hashlib.sha256(repr(listing.images).encode("utf-8", "surrogateescape")).hexdigest()
     notes = {
         "hidden": listing.hidden,
         "links": listing.links,
         "not_images": listing.others,
-        "without_class": sum(found.label < 0 for split in splits.values() for found in split) if folders else 0,
+        "without_class": sum(found.label < 0 for part in ordered.values() for found in part) if folders else 0,
     }
-    return Plan(splits, tuple(folders), {**options, "files": files}, notes)
+    return Plan(ordered, tuple(folders), {**options, "files": files}, notes)
 
 
-def _splits(
-    names: list[str], source: Path, *, seed: int, holdout: float, test_split: str | None
-) -> tuple[dict[str, str], dict[str, str]]:
-    """{name: split} and {name: path below the split's folder}; names outside both splits are removed from `names`."""
-    if test_split is None:
-        # the hash of another stream than the order's, so that the split is no run of the order
-        limit = holdout * 2**64
-        drawn = {name: hashed(seed, f"holdout/{name}") for name in names}
-        limit = max(limit, min(drawn.values()) + 1) if holdout and len(names) > 1 else limit  # at least one
-        splits = {name: "test" if value < limit else "train" for name, value in drawn.items()}
-        return splits, {name: name for name in names}
-    test = test_split.strip("/") + "/"
-    if not any(name.startswith(test) for name in names):
-        raise ValueError(f"{source}: --test-split {test_split} names no folder with images in it")
-    train = "train/" if any(name.startswith("train/") for name in names) and test != "train/" else ""
-    names[:] = [name for name in names if name.startswith((test, train))]
-    splits = {name: "test" if name.startswith(test) else "train" for name in names}
-    return splits, {name: name.removeprefix(test if splits[name] == "test" else train) for name in names}
+def divide(names: Iterable[str], seed: int, fraction: float) -> dict[str, list[str]]:
+    """{"train", "test"}: a name goes to the test split by a hash of seed and name alone, so that it never changes sides
+    when others are added; at least one does where there are two and `fraction` is not 0."""
+    # the hash of another stream than the order's, so that the split is no run of the order
+    drawn = {name: hashed(seed, f"holdout/{name}") for name in names}
+    limit = fraction * 2**64
+    if fraction and len(drawn) > 1:
+        limit = max(limit, min(drawn.values()) + 1)
+    found: dict[str, list[str]] = {"train": [], "test": []}
+    for name, value in drawn.items():
+        found["test" if value < limit else "train"].append(name)
+    return found
+
+
+def order(names: Iterable[str], seed: int, *, shuffle: bool) -> list[str]:
+    """By a hash of seed and name, or as they come."""
+    return sorted(names, key=lambda name: (hashed(seed, name), name)) if shuffle else list(names)
+
+
+def _below(names: list[str], source: Path, folder: str) -> dict[str, str]:
+    """{name: path below `folder`} of the images there."""
+    found = {name: name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")}
+    if not found:
+        raise ValueError(f"{source}: --splits names {folder}, which is no folder with images in it")
+    return found
+
+
+def _class(path: str) -> str:
+    return path.partition("/")[0] if "/" in path else ""
 
 
 class Encode:
@@ -189,17 +204,17 @@ class Encode:
         if options.size:
             image = convert.resize(image, options.size)
         whole = not notes and image.shape[:2] == picture.size[::-1] and b"Exif\0\0" not in data
-        name = "jpg"
-        if not (options.format == "auto" and picture.format == "JPEG" and whole and max(image.shape[:2]) > SMALL):
-            name, data = encode(image, options.format)  # else as it is: encoding it again would lose quality
-        shape = (*image.shape[:2], 3 if name == "webp" else image.shape[2])
-        return Packed(key, name, data, found.label, {"path": found.name}, shape, notes)
+        if options.format == "auto" and picture.format == "JPEG" and whole and max(image.shape[:2]) > SMALL:
+            made = Encoded("jpg", data, image.shape)  # as it is: encoding it again would lose quality
+        else:
+            made = encode(image, options.format)
+        return Packed(key, *made[:2], found.label, {"path": found.name}, made.shape, notes)
 
 
 def make(
     options: argparse.Namespace,
     *,
-    bar: Callable[[int], AbstractContextManager[Callable[[int], None]]],
+    bar: Bar,
     say: Callable[[str], int],
 ) -> int:
     """`tandem data make folder`. ValueError for what the user must mend."""
@@ -215,13 +230,14 @@ def make(
     settings = {"kind": "folder", **{name: getattr(options, name) for name in DECISIVE}}
     listing = list_images(source)
     wanted = plan(
-        listing, source, seed=options.seed, holdout=options.holdout, test_split=options.test_split, options=settings
-    )
+        listing, source, seed=options.seed, val_fraction=options.val_fraction, splits=options.splits,
+        shuffle=options.shuffle, options=settings,
+    )  # fmt: skip
     if complete(dest, tuple(wanted.splits), wanted.options):
         return say(f"{dest}: already complete; nothing was written")
     with bar(sum(map(len, wanted.splits.values()))) as advance, _our_pixel_limit():
         report = pack(
-            dest, wanted, Encode(source, options), shard_bytes=int(options.shard_mb * 1e6), workers=options.workers,
+            dest, wanted, Encode(source, options), shard_bytes=options.shard_size, workers=options.workers,
             max_bad=options.max_bad, advance=advance,
         )  # fmt: skip
     for line in _summary(report):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,8 @@ from trainer.data import tar
 from trainer.data.index import FORMAT, LABEL_FIELD, UNFINISHED, Spans
 
 Item = TypeVar("Item")
+Bar = Callable[..., contextlib.AbstractContextManager[Callable[[int], None]]]
+"""bar(total, what): a progress bar; gives the function that moves it."""
 
 
 class Packed(NamedTuple):
@@ -41,6 +44,8 @@ class Packed(NamedTuple):
     """Height, width, channels."""
     converted: tuple[str, ...] = ()
     """What was done to the pixels, for the report."""
+    extra: Mapping[str, bytes] = MappingProxyType({})
+    """Further members by field; no .cls and no .json where `label` or `metadata` says them."""
 
 
 class LeftOut(NamedTuple):
@@ -214,6 +219,7 @@ def _ordered(
 def _members(sample: Packed) -> list[bytes]:
     assert "." not in sample.key and "/" not in sample.key
     found = [tar.member(f"{sample.key}.{sample.field}", sample.data)]
+    found += [tar.member(f"{sample.key}.{field}", data) for field, data in sample.extra.items()]
     if sample.label >= 0:
         found.append(tar.member(f"{sample.key}.{LABEL_FIELD}", str(sample.label).encode()))
     if sample.metadata is not None:
