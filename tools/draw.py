@@ -2,12 +2,12 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from trainer.data import Stream, Transform, to_device, to_uint8
+from trainer.data.config import of_set
 from trainer.generate import Trained, home, load
 from trainer.pictures import Picture, grid, pairs, write_png
 
@@ -47,7 +47,7 @@ def reconstruct(argv: list[str]) -> int:
     _positive(options.columns, "--columns")
 
     def draw(run: Trained) -> Picture:
-        data = run.config.data if options.data is None else replace(run.config.data, path=options.data)
+        data = run.config.data if options.data is None else of_set(run.config.data, options.data)
         stream = Stream(data, split=options.split, batch=1, rank=0, world=1, seed=0)
         given = to_device(stream.first(options.count), device=run.device, transform=Transform.plain(data))
         stream.close()

@@ -1,6 +1,6 @@
 """The data of a run: where WebDataset shards are and how they are read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -156,6 +156,11 @@ class MixtureConfig(Reading):
         super().__post_init__()
         if len(self.sets) < 2:
             raise ValueError(f"sets: {len(self.sets)} set is no mixture; name at least two, or take kind: shards")
+
+
+def of_set(config: "DataConfig", path: str | Path) -> ShardsConfig:
+    """One other set, read as `config` says."""
+    return ShardsConfig(path=path, **{field.name: getattr(config, field.name) for field in fields(Reading)})
 
 
 DataConfig = Annotated[ShardsConfig | MixtureConfig, Field(discriminator="kind")]
