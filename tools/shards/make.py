@@ -23,6 +23,12 @@ examples:
   tandem data make folder imagenet/ data/imagenet64 --size 64 --splits train,val --workers 8
 """
 
+FACES = (
+    "open-peeps", "adventurer", "avataaars", "big-ears", "big-smile", "lorelei", "micah", "notionists", "personas",
+    "pixel-art", "toon-head",
+)  # fmt: skip
+"""Styles of DiceBear that draw faces."""
+
 
 def add_fashion(to: argparse.ArgumentParser) -> None:
     shared.add_source(to, "folder with the four .gz files, or with the Debian package")
@@ -56,6 +62,30 @@ def add_folder(to: argparse.ArgumentParser) -> None:
     shared.add_packing(to)
 
 
+def add_emoji(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "--style", choices=("google", "twitter", "pairs"), default="google",
+        help="whose drawings; pairs: left as Google draws it, right as Twitter (default: google)",
+    )  # fmt: skip
+    shared.add_source(to, "folder with the packages' .tgz files, as `npm pack` writes them")
+    shared.add_size(to, default=64, text="of the images; the drawings have 64")
+    shared.add_format(to)
+    shared.add_val_fraction(to, "the emoji, all skin tones and genders of one together,")
+    shared.add_packing(to)
+
+
+def add_faces(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--style", choices=FACES, default=FACES[0], help=f"of the drawings (default: {FACES[0]})")
+    to.add_argument("--count", type=shared.count, default=20_000, metavar="N", help="of faces (default: 20000)")
+    to.add_argument("--label", metavar="ATTRIBUTE", help="attribute that is the class, such as face or skinColor "
+                    "(default: no classes; every attribute is in the .json)")  # fmt: skip
+    shared.add_source(to, "folder with the node_modules that `npm ci` makes of tools/shards/node")
+    shared.add_size(to, default=64, text="of the drawings, any")
+    shared.add_format(to)
+    shared.add_val_fraction(to, "the faces")
+    shared.add_packing(to)
+
+
 class Kind(NamedTuple):
     """A kind of set. Its module has `make(options, *, bar, say) -> exit code`, imported only when it is asked for."""
 
@@ -85,6 +115,22 @@ KINDS = {
         "Fashion-MNIST: from the installed Debian package, else fetched as that package (no root needed), else from "
         "the project's site; the sha256 of its files is checked.",
         "tandem data make fashion-mnist data/fashion-mnist",
+    ),
+    "emoji": Kind(
+        "tools.shards.emoji",
+        add_emoji,
+        "3,786 colour pictures with names and 10 categories, 64 x 64, or pairs of two styles (74 or 136 MB to fetch)",
+        "Emoji as Google draws them (Apache-2.0) and as Twitter does (CC BY 4.0), from the npm packages "
+        "emoji-datasource-google and -twitter 16.0.0; their sha512 is checked. Node is not needed.",
+        "tandem data make emoji data/emoji --style pairs",
+    ),
+    "faces-drawn": Kind(
+        "tools.shards.faces",
+        add_faces,
+        "illustrated faces, as many as wanted, any size, with exact attributes (7 MB to fetch; needs node)",
+        "Faces drawn by DiceBear 9.4.3 from npm: illustrations, no photographs. The licence is the style's "
+        "(open-peeps, lorelei, notionists, pixel-art: CC0; most others CC BY 4.0) and stands in index.json.",
+        "tandem data make faces-drawn data/faces --count 50000 --size 128 --label face",
     ),
 }
 
