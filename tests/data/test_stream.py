@@ -182,8 +182,11 @@ def test_the_count_is_of_what_was_delivered_and_names_the_samples(damaged: Path,
     next(batches)
     assert one.bad == 2 * len(GARBAGE)
     said = sorted(one.news())
-    assert [re.findall(r"\b\d{6}\b", line)[0] for line in said] == ["000004", "000005", "000016"]
-    assert all("no .npy" in line or "empty" in line for line in said)
+    assert [(bad.sample, bad.key) for bad in said] == [(number, f"{number:06d}") for number in GARBAGE]
+    assert [Path(bad.shard) for bad in said] == [
+        damaged / "train" / name for name in ("0001.tar", "0001.tar", "0004.tar")
+    ]
+    assert all("no .npy" in bad.reason or "empty" in bad.reason for bad in said)
     assert one.news() == []  # once
 
 
@@ -244,8 +247,26 @@ def test_a_shard_that_is_cut_after_the_check_is_an_error_and_no_bad_sample(
     one = stream(path, batch=10, cache_mb=cache, max_bad_fraction=1.0)
     shard = path / "train" / "0001.tar"
     shard.write_bytes(shard.read_bytes()[:1024])
-    with pytest.raises(ValueError, match=r"0001\.tar.* was cut short while it was read"):
+    with pytest.raises(ValueError, match=r"0001\.tar: has 1,024 bytes, its index says 20,480"):
         next(one.batches(0))
+
+
+@pytest.mark.parametrize("form", ["npy", "png"])  # out of a mapping, by reads
+def test_a_shard_that_is_cut_while_it_is_open_is_an_error_that_names_it(
+    tmp_path: Path, tar_of: Callable[..., Path], form: str
+) -> None:
+    image = np.zeros((8, 8), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG") if form == "png" else npy_format.write_array(file, image)
+    shard = tar_of(tmp_path / "train" / "a.tar", [(f"{n:02d}.{form}", file.getvalue()) for n in range(40)])
+    one = stream(tmp_path, batch=1, size=8, cache_mb=0, prefetch=1, max_bad_fraction=1.0)
+    batches = one.batches(0)
+    next(batches)
+    with shard.open("r+b") as opened:
+        opened.truncate(1024)
+    with pytest.raises(ValueError, match=r"a\.tar: .* the shard was cut short while it was read"):
+        list(islice(batches, 60))
+    one.close()
 
 
 # ------------------------------------------------------------------ errors

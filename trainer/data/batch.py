@@ -35,4 +35,3 @@ class Batch:
     position: Tensor
     index: Tensor
     weight: Tensor
-

@@ -3,6 +3,7 @@ decoding."""
 
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ _NPY_HEADER = re.compile(
 )
 LONGEST_LABEL = 18  # digits: fits int64
 _EXIF = b"Exif\0\0"
+_ORIENTATION = 274  # EXIF 2.3, 4.6.4
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a bad image is named once, by us, with its key
 
 
 def decode(
@@ -54,9 +57,8 @@ def shape(data: bytes, field: str) -> tuple[int, int, int] | None:
     """Height, width (as turned by EXIF), channels from the first bytes of an image; None where they do not say."""
     try:
         found = _header(data, field)
-        if found is not None and field.lower().endswith(("jpg", "jpeg")) and _has_exif(data):
-            turned = convert.orientation(data) >= 5  # 5 to 8 lie on their side (EXIF 2.3, tag 274)
-            return (found[1], found[0], found[2]) if turned else found
+        if found is not None and field.lower().endswith(("jpg", "jpeg")) and orientation(data) >= 5:
+            return found[1], found[0], found[2]  # 5 to 8 lie on their side (EXIF 2.3, tag 274)
     except Undecodable:
         return None
     return found
@@ -112,12 +114,40 @@ def npy_header(data: bytes) -> tuple[int, tuple[int, int, int]]:
     return end, (height, width, channels)
 
 
-def _has_exif(data: bytes) -> bool:
-    return data.find(_EXIF, 0, 65_536) >= 0
+def orientation(data: bytes) -> int:
+    """As the EXIF of a JPEG says, 1 to 8; 1 where there is none. Walks the few segments before the tables, where EXIF
+    has to stand (EXIF 2.3, 4.5.4). Undecodable: there is one that cannot be read."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and len(data) >= at + 4:
+        kind = data[at + 1]
+        if kind == 0xE1 and data[at + 4 : at + 10] == _EXIF:
+            found = _tiff_orientation(data, at + 10)
+            return convert.orientation(data) if found is None else found
+        if not (0xE0 <= kind <= 0xEF or kind == 0xFE):  # APP0 to APP15, comments
+            return 1
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return 1
+
+
+def _tiff_orientation(data: bytes, start: int) -> int | None:
+    """The tag of the first directory (TIFF 6.0, section 2); None where the directory is not as it should be."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[start : start + 4])
+    if order is None:
+        return None
+    try:
+        at = start + struct.unpack_from(f"{order}I", data, start + 4)[0]
+        (count,) = struct.unpack_from(f"{order}H", data, at)
+        for entry in range(at + 2, at + 2 + 12 * count, 12):
+            tag, kind, values, value = struct.unpack_from(f"{order}HHIH", data, entry)
+            if tag == _ORIENTATION:
+                return value if kind == 3 and values == 1 and 1 <= value <= 8 else None
+    except struct.error:
+        return None
+    return 1
 
 
 def _jpeg(data: bytes, channels: int | None) -> Pixels | None:
-    if data[:2] != b"\xff\xd8" or (_has_exif(data) and convert.orientation(data) != 1):
+    if data[:2] != b"\xff\xd8" or orientation(data) != 1:
         return None
     try:
         colour = simplejpeg.decode_jpeg_header(data)[2].upper()
@@ -132,11 +162,25 @@ def _jpeg(data: bytes, channels: int | None) -> Pixels | None:
 def _png(data: bytes, channels: int | None) -> Pixels | None:
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33 or data[24] != 8 or data[25] not in (0, 2):
         return None  # 16 bit, palettes, alpha
-    if b"IDAT" not in data or b"eXIf" in data:
+    kinds = _png_chunks(data)
+    if kinds is None or not kinds.isdisjoint((b"tRNS", b"acTL", b"eXIf")):
         return None
-    if re.search(rb"tRNS|acTL", data[: data.index(b"IDAT")]):  # both stand before the pixels (PNG, 3rd edition, 5.6)
-        return None
-    return _opencv(data, grey=data[25] == 0 and channels != 3)
+    return opencv(data, grey=data[25] == 0 and channels != 3)
+
+
+def _png_chunks(data: bytes) -> set[bytes] | None:
+    """The kinds of chunk of a PNG; None where one is cut short or changed, of which libpng would tell the terminal."""
+    kinds: set[bytes] = set()
+    view, at = memoryview(data), 8
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(view[at : at + 4], "big")
+        if zlib.crc32(view[at + 4 : end]).to_bytes(4, "big") != view[end : end + 4]:
+            return None
+        kinds.add(data[at + 4 : at + 8])
+        if data[at + 4 : at + 8] == b"IEND":
+            return kinds
+        at = end + 4
+    return None
 
 
 def _webp(data: bytes, channels: int | None) -> Pixels | None:
@@ -144,10 +188,10 @@ def _webp(data: bytes, channels: int | None) -> Pixels | None:
         return None  # VP8X: alpha, animation, EXIF
     if data[12:16] == b"VP8L" and len(data) > 24 and data[24] & 0x10:
         return None  # alpha_is_used
-    return _opencv(data, grey=False)
+    return opencv(data, grey=False)
 
 
-def _opencv(data: bytes, *, grey: bool) -> Pixels | None:
+def opencv(data: bytes, *, grey: bool) -> Pixels | None:
     flags = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB
     try:
         image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), flags)

@@ -1,0 +1,91 @@
+"""Shards that are open: bytes of samples, by a read or out of a mapping."""
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from trainer.data import tar
+from trainer.data.index import Index
+from trainer.data.store import OpenShard
+from trainer.data.table import Shard
+
+KEPT = 64
+"""Shards of a split that are open at a time; each takes two descriptors where it is mapped."""
+
+
+class Layout(NamedTuple):
+    """Of the samples of a shard whose rows lie in it as they lie in memory."""
+
+    field: int
+    size: int
+    """Bytes of a member."""
+    header: NDArray[np.uint8]
+    """What each begins with."""
+    members: NDArray[np.uint8]
+    """(blocks, size): what begins at each block of the tar; the rows overlap."""
+
+
+class Opened:
+    """An open shard. Threads may share it."""
+
+    def __init__(self, number: int, shard: Shard, file: OpenShard) -> None:
+        self.number, self.file, self.fd = number, file, file.fd
+        self.layout: Layout | None = None
+        self.looked = False
+        """Whether somebody has looked for a layout."""
+        self._bytes = shard.bytes
+
+    def whole(self) -> bool:
+        """Whether the file is still as long as it was: a mapping that reaches beyond its end would end the process."""
+        return os.fstat(self.fd).st_size >= self._bytes
+
+    def map(self, size: int) -> NDArray[np.uint8]:
+        """(blocks, size): the bytes that begin at each block of the tar, read-only. Ask whether it is `whole` before
+        each use."""
+        whole = np.frombuffer(mmap.mmap(self.fd, self._bytes, access=mmap.ACCESS_READ), np.uint8)
+        blocks = max(0, len(whole) - size) // tar.BLOCK + 1
+        return as_strided(whole, shape=(blocks, size), strides=(tar.BLOCK, 1), writeable=False)
+
+
+class OpenShards:
+    """The shards used last. One that is dropped closes when the last thread that reads it lets it go."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._kept: OrderedDict[int, Opened] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, number: int) -> Opened:
+        """Fetches the shard or waits for it where it is remote. Errors are the store's: they name it."""
+        with self._lock:
+            found = self._kept.get(number)
+            if found is not None:
+                self._kept.move_to_end(number)
+                return found
+        shard = self._index.shards[number]
+        found = Opened(
+            number, shard, self._index.store(number).open(shard)
+        )  # outside the lock: it may wait for a network
+        with self._lock:
+            found = self._kept.setdefault(number, found)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    def close(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
+
+def prepare(index: Index, shards: NDArray[np.int64]) -> None:
+    """Tells the stores that these shards are read next; returns at once."""
+    sets = np.searchsorted(np.cumsum(index.sets), shards, "right")
+    for number in np.unique(sets).tolist():
+        mine = shards[sets == number].tolist()
+        index.store(mine[0]).prepare([index.shards[shard] for shard in mine])
