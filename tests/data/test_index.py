@@ -1,6 +1,5 @@
 """Shards as webdataset, tar(1) and interrupted copies leave them."""
 
-import json
 import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
@@ -11,7 +10,6 @@ import pytest
 import webdataset
 
 from trainer.data import ShardsConfig, Stream, tar
-from trainer.data import index as indices
 
 Tar = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
 PIXELS = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
@@ -55,17 +53,23 @@ def test_shards_of_webdatasets_own_writer_are_read(tmp_path: Path, number_of: Ca
     assert batch.label.tolist() == [0, 1, 0, 1, 0, 1, 0]
 
 
-def test_shards_of_tar_are_read_with_members_in_any_order(tmp_path: Path) -> None:
+def test_shards_of_tar_are_read_where_the_members_of_a_sample_stand_together(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     for number in range(4):
         with (tmp_path / f"{number}.npy").open("wb") as file:
             np.save(file, np.full((2, 3), number, np.uint8))
         (tmp_path / f"{number}.cls").write_text(f"{number}\n")
-    names = [f"{n}.npy" for n in range(4)] + [f"{n}.cls" for n in (3, 1, 0, 2)]
+    names = [f"{n}.{field}" for n in range(4) for field in ("cls", "npy")[:: 1 - 2 * (n % 2)]]
     subprocess.run(["tar", "-C", tmp_path, "-cf", tmp_path / "train" / "a.tar", *names], check=True)
     batch = stream(tmp_path).first(4)
     assert batch.label.tolist() == [0, 1, 2, 3]
     assert batch.data[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_a_key_that_comes_back_is_named(tmp_path: Path, tar_of: Tar) -> None:
+    tar_of(tmp_path / "train" / "a.tar", [("k1.npy", npy(PIXELS)), ("k2.npy", npy(PIXELS)), ("k1.cls", b"1")])
+    with pytest.raises(ValueError, match=r"a\.tar: key k1 comes back after other samples; .* --sort=name"):
+        stream(tmp_path)
 
 
 def test_samples_without_a_class_are_labelled_minus_1(tmp_path: Path, tar_of: Tar) -> None:
@@ -118,12 +122,17 @@ def test_a_label_that_is_no_number_is_named(tmp_path: Path, tar_of: Tar) -> None
         stream(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["../../etc/k0", "/abs/k0"])
-def test_a_key_never_becomes_a_path(tmp_path: Path, tar_of: Tar, key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "what"), [("../../etc/k0", "\\.\\. in its"), ("/abs/k0", "an absolute"), ("a\x1bk", "control")]
+)
+def test_a_name_that_leaves_its_folder_or_steers_a_terminal_is_refused(
+    tmp_path: Path, tar_of: Tar, key: str, what: str
+) -> None:
     tar_of(tmp_path / "train" / "a.tar", [(f"{key}.npy", npy(PIXELS))])
-    before = sorted(tmp_path.rglob("*"))
-    assert stream(tmp_path).first(1).data.flatten().tolist() == list(range(6))
-    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match=rf"a\.tar: .*k0?\.npy has {what}.* name") as caught:
+        stream(tmp_path)
+    assert "\x1b" not in str(caught.value)
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["train", "a.tar"]
 
 
 # ------------------------------------------------------------------ F1-9: cut shards
@@ -164,14 +173,11 @@ def test_images_of_different_sizes_are_refused_before_the_first_step(tmp_path: P
         stream(tmp_path)
 
 
-def test_an_index_that_names_a_shard_elsewhere_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    content = {
-        "format": indices.FORMAT, "classes": [], "offsets": {"sha256": ""}, "report": {},
-        "image": {"height": [1, 1], "width": [1, 1], "channels": [1, 1], "fields": ["npy"]},
-        "shards": [{"name": "../secret.tar", "samples": 1, "bytes": 1, "sha256": ""}],
-    }  # fmt: skip
-    (tmp_path / "train" / "index.json").write_text(json.dumps(content))
+def test_an_index_that_names_a_shard_elsewhere_is_refused(tmp_path: Path, tar_of: Tar) -> None:
+    tar_of(tmp_path / "train" / "a.tar", [("0.npy", npy(PIXELS))])
+    stream(tmp_path)
+    path = tmp_path / "train" / "index.json"
+    path.write_text(path.read_text().replace('"a.tar"', '"../secret.tar"'))
     with pytest.raises(ValueError, match="names a shard outside its folder"):
         stream(tmp_path)
 

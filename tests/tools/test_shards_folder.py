@@ -495,8 +495,8 @@ def test_a_changed_byte_is_found_and_every_damaged_shard_is_named(made: Path) ->
 
 
 def test_offsets_of_another_set_are_refused(made: Path) -> None:
-    (made / "train" / "index.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"index\.npz: does not belong to index\.json"):
+    (made / "train" / "train-00001.idx.npy").write_bytes((made / "train" / "train-00002.idx.npy").read_bytes())
+    with pytest.raises(ValueError, match=r"train-00001\.idx\.npy: does not belong to index\.json"):
         check.main([str(made)])
 
 

@@ -7,7 +7,6 @@ from the last whole shard and gives the same bytes as an uninterrupted one. The 
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -22,8 +21,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from trainer import durable
-from trainer.data import tar
-from trainer.data.index import FORMAT, LABEL_FIELD, UNFINISHED, Spans
+from trainer.data import build, tar
+from trainer.data.index import LABEL_FIELD, UNFINISHED
+from trainer.data.table import ROW, key_hash, spans_of
 
 Item = TypeVar("Item")
 Bar = Callable[..., contextlib.AbstractContextManager[Callable[[int], None]]]
@@ -135,7 +135,6 @@ def _workplace(dest: Path, plan: Plan[Item]) -> Iterator[dict[str, Any]]:
                 "options": _plain(plan.options),
                 "next": dict.fromkeys(plan.splits, 0),
                 "shards": {split: [] for split in plan.splits},
-                "image": dict.fromkeys(plan.splits),
                 "converted": {},
                 "left_out": [],
             }
@@ -236,14 +235,18 @@ class _Shard:
         self.file = self.aside.open("wb")
         self.digest = hashlib.sha256()
         self.position = self.samples = 0
-        self.rows: list[tuple[int, int, int, str]] = []
-        self.spans = Spans()
+        self.rows: list[tuple[int, int, int, int, int, int, int]] = []
+        self.fields: dict[str, int] = {}
+        self.shapes: set[tuple[int, int, int]] = set()
         self.converted: dict[str, int] = {}
         self.left_out: list[LeftOut] = []
 
     def add(self, sample: Packed, members: Sequence[bytes]) -> None:
-        self.rows.append((self.position + tar.BLOCK, len(sample.data), sample.label, sample.field))
-        self.spans.add(*sample.shape)
+        begin, end = self.position, self.position + sum(map(len, members))
+        field = self.fields.setdefault(sample.field, len(self.fields))
+        place = (begin, end, begin + tar.BLOCK, len(sample.data))
+        self.rows.append((*place, key_hash(sample.key), sample.label, field))
+        self.shapes.add(sample.shape)
         for what in sample.converted:
             self.converted[what] = self.converted.get(what, 0) + 1
         for data in members:
@@ -262,20 +265,13 @@ class _Shard:
             self.file.flush()
             os.fsync(self.file.fileno())
             self.file.close()
-            table = io.BytesIO()
-            offset, size, label, names = zip(*self.rows, strict=True)
-            np.savez(table, rows=np.array([offset, size, label], np.int64), field=np.array(names))
-            _write(dest / UNFINISHED / f"{self.path.name}.npz", table.getvalue())
+            made = build.draft(
+                dest / UNFINISHED, self.path.name, np.array(self.rows, ROW), size=self.position,
+                sha256=self.digest.hexdigest(), fields=list(self.fields), texts=None, spans=spans_of(self.shapes),
+            )  # fmt: skip
             self.aside.replace(self.path)
             durable.flush(self.path.parent)
-            digest = self.digest.hexdigest()
-            line = {"name": self.path.name, "samples": self.samples, "bytes": self.position, "sha256": digest}
-            state["shards"][self.split].append(line)
-            old = state["image"][self.split]
-            for shape in old or []:
-                self.spans.add(*shape)
-            spans = (self.spans.height, self.spans.width, self.spans.channels)
-            state["image"][self.split] = [[s.low for s in spans if s], [s.high for s in spans if s]]
+            state["shards"][self.split].append(made)
         for what, count in self.converted.items():
             state["converted"][what] = state["converted"].get(what, 0) + count
         state["left_out"] += [[f"{self.split}: {name}", reason] for name, reason in self.left_out]
@@ -302,26 +298,7 @@ def _judge(dest: Path, plan: Plan[Item], state: Mapping[str, Any], max_bad: floa
 
 
 def _write_index(dest: Path, split: str, plan: Plan[Item], state: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    folder = dest / split
-    tables = []
-    for shard in state["shards"][split]:
-        with np.load(dest / UNFINISHED / f"{shard['name']}.npz", allow_pickle=False) as arrays:
-            tables.append((arrays["rows"], arrays["field"]))
-    rows = np.concatenate([rows for rows, _ in tables], axis=1)
-    fields, field_of = np.unique(np.concatenate([names for _, names in tables]), return_inverse=True)
-    file = io.BytesIO()
-    np.savez(file, offset=rows[0], size=rows[1], label=rows[2], field=field_of.astype(np.uint8))
-    _write(folder / "index.npz", file.getvalue())
-    low, high = state["image"][split]
-    spans = dict(zip(("height", "width", "channels"), zip(low, high, strict=True), strict=True))
-    content = {
-        "format": FORMAT,
-        "samples": rows.shape[1],
-        "classes": list(plan.classes),
-        "image": {**spans, "fields": [str(name) for name in fields]},
-        "options": plan.options,
-        "offsets": {"name": "index.npz", "sha256": hashlib.sha256(file.getvalue()).hexdigest()},
-        "shards": state["shards"][split],
-        "report": report,
-    }
-    _write(folder / "index.json", (json.dumps(content, indent=1) + "\n").encode())
+    drafts = [build.Draft.of(made) for made in state["shards"][split]]
+    build.publish(
+        dest / split, drafts, folder=dest / UNFINISHED, classes=plan.classes, options=plan.options, report=report
+    )

@@ -1,0 +1,51 @@
+"""tandem data index DEST [--image F] [--label F] [--ignore F,...]
+
+Builds or renews the index of a set: one pass over its shards.
+"""
+
+import argparse
+import sys
+
+EXAMPLE = """\
+example:
+  tandem data index data/birds --image left.png --label json:species
+"""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tandem data index",
+        description="Builds or renews the index of WebDataset shards: where each sample lies, its class, the sha256 of "
+        "each shard. Reads every shard once. Beside the shards, or in the cache where DEST is a URL or read-only.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("dest", metavar="DEST", help="folder or URL that holds train/ and test/")
+    parser.add_argument("--image", default="auto", metavar="FIELD", help="that holds the image, such as left.png "
+                        "(default: auto, the one with a known extension)")  # fmt: skip
+    parser.add_argument("--label", default="auto", metavar="FIELD", help="that holds the class, a number or text, or "
+                        "json:KEY (default: auto, the number in cls)")  # fmt: skip
+    parser.add_argument("--ignore", default="", metavar="FIELD,...", help="fields to pass over although their kind is "
+                        "refused, such as pyd")  # fmt: skip
+    options = parser.parse_args(argv)
+    from trainer.data import contents, part  # here: --help should not wait for numpy and torch
+    from trainer.data.config import ShardsConfig
+
+    config = ShardsConfig(
+        path=options.dest,
+        size=1,
+        image=options.image,
+        label=options.label,
+        ignore=tuple(filter(None, options.ignore.split(","))),
+    )
+    for found in part.renew(config, options.dest):
+        holds, where = found.contents, found.file(contents.NAME)
+        print(f"{where}: {holds.samples:,} samples in {len(holds.shards)} shards, {len(holds.classes)} classes")
+    return 0
+
+
+if __name__ == "__main__":
+    from trainer.errors import boundary
+
+    sys.exit(boundary(main, sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""index.json, format 2: what a split holds, beside its shards.
+
+samples, classes, image (height, width, channels: smallest and largest; fields), reading (the image, label and ignore
+of the scan), options and report of the maker, shards (name, samples, bytes, sha256, sha256 of the table).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer import durable
+from trainer.data.table import Shard, Span, Spans
+
+FORMAT = 2
+NAME = "index.json"
+AS_MADE: Mapping[str, Any] = {"image": "auto", "label": "auto", "ignore": []}
+MOST = 1 << 60  # samples and bytes that an index may state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...]
+    fields: tuple[str, ...]
+    """Image fields; the tables hold numbers into it."""
+    spans: Spans
+    reading: Mapping[str, Any] = field(default_factory=lambda: AS_MADE)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+
+def write(path: Path, contents: Contents) -> None:
+    """Aside, flushed, renamed. A shard a line."""
+    head = {
+        "format": FORMAT,
+        "samples": contents.samples,
+        "classes": contents.classes,
+        "image": {**contents.spans._asdict(), "fields": contents.fields},
+        "reading": contents.reading,
+        "options": contents.options,
+        "report": contents.report,
+    }
+    shards = ",\n".join(f"  {json.dumps(shard._asdict())}" for shard in contents.shards)
+    text = f'{json.dumps(head, indent=1)[:-2]},\n "shards": [\n{shards}\n ]\n}}\n'
+    aside = path.with_name(f".{path.name}.part")
+    durable.write_text(aside, text)
+    aside.replace(path)
+    durable.flush(path.parent)
+
+
+def read(path: Path, again: str) -> Contents:
+    """ValueError, ending with `again` (what to do): not readable, of another format, with a shard elsewhere."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise _Unfit(f"is of format {content['format']}, this version reads {FORMAT}")
+        found = _contents(content)
+        if found.samples != content["samples"]:
+            raise _Unfit(f"states {content['samples']} samples, its shards hold {found.samples}")
+    except _Unfit as error:
+        raise ValueError(f"{path}: {error}; {again}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: is not readable ({type(error).__name__}: {error}); {again}") from None
+    return found
+
+
+class _Unfit(Exception):
+    """Readable, but not what it must be."""
+
+
+def _contents(content: Mapping[str, Any]) -> Contents:
+    shards = tuple(
+        Shard(_text(s["name"]), _count(s["samples"], 1), _count(s["bytes"]), _text(s["sha256"]), _text(s["table"]))
+        for s in content["shards"]
+    )
+    if any(not shard.name.endswith(".tar") or Path(shard.name).name != shard.name for shard in shards):
+        raise _Unfit("names a shard outside its folder")
+    if len({shard.name for shard in shards}) < len(shards):
+        raise _Unfit("names a shard twice")
+    if len(set(content["classes"])) < len(content["classes"]):
+        raise _Unfit("names a class twice")
+    image = content["image"]
+    spans = [None if image[name] is None else Span(*map(_count, image[name])) for name in Spans._fields]
+    reading = content["reading"]
+    return Contents(
+        shards=shards,
+        classes=tuple(map(_text, content["classes"])),
+        fields=tuple(map(_text, image["fields"])),
+        spans=Spans(*spans),
+        reading={"image": _text(reading["image"]), "label": _text(reading["label"]), "ignore": reading["ignore"]},
+        options=dict(content["options"]),
+        report=dict(content["report"]),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is no text")
+    return value
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if not isinstance(value, int) or not least <= value <= MOST:
+        raise TypeError(f"{value!r:.40} is no number from {least} to {MOST}")
+    return value
