@@ -86,6 +86,15 @@ def add_faces(to: argparse.ArgumentParser) -> None:
     shared.add_packing(to)
 
 
+def add_photos(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--count", type=shared.count, default=8_000, metavar="N", help="of crops (default: 8000)")
+    shared.add_source(to, "folder with the two .deb files, or where they are unpacked")
+    shared.add_size(to, default=256, text="of the crops, up to 1024")
+    shared.add_format(to)
+    shared.add_val_fraction(to, "the photographs")
+    shared.add_packing(to)
+
+
 class Kind(NamedTuple):
     """A kind of set. Its module has `make(options, *, bar, say) -> exit code`, imported only when it is asked for."""
 
@@ -131,6 +140,14 @@ KINDS = {
         "Faces drawn by DiceBear 9.4.3 from npm: illustrations, no photographs. The licence is the style's "
         "(open-peeps, lorelei, notionists, pixel-art: CC0; most others CC BY 4.0) and stands in index.json.",
         "tandem data make faces-drawn data/faces --count 50000 --size 128 --label face",
+    ),
+    "photos": Kind(
+        "tools.shards.photos",
+        add_photos,
+        "crops of 23 photographs, 256 x 256, to measure throughput and reconstruction with (141 MB to fetch)",
+        "Crops of the photographs in the Debian packages mate-backgrounds and plasma-workspace-wallpapers (GPL-2+), "
+        "installed or fetched (no root needed); the sha256 of each photograph is checked.",
+        "tandem data make photos data/photos --count 20000",
     ),
 }
 
