@@ -33,6 +33,8 @@ ONLY_IN = {
     "accelerate": ("trainer.parallel", "tools.bench.peers"),  # a peer to measure against
     "deepspeed": ("trainer.parallel",),
     "submitit": ("launch",),
+    "fsspec": ("trainer.data.remote",),
+    "aiohttp": ("trainer.data.remote",),
 }
 NOWHERE = {
     "torchvision": "does not load beside the tested torch",

@@ -25,7 +25,7 @@ def local(folder: Path) -> Store:
 
 
 def shard(number: int, *, size: int | None = None, sha256: str = "0" * 64) -> Shard:
-    return Shard(f"{number}.tar", 4, 300_000 + number if size is None else size, sha256)
+    return Shard(f"{number}.tar", 4, 300_000 + number if size is None else size, sha256, "")
 
 
 def test_a_folder_gives_its_shards_and_small_files(folder: Path) -> None:

@@ -29,7 +29,7 @@ LOG = VENV / "setup.log"
 CONSTRAINTS = ROOT / "tools" / "setup" / "constraints.txt"
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 9)
-EXTRAS = "dev,perceptual,deepspeed,slurm"
+EXTRAS = "dev,perceptual,deepspeed,slurm,remote"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PIP_COMES_FROM_VENV = ("pip", "setuptools", "wheel")
 

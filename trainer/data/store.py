@@ -65,11 +65,21 @@ class Store(Protocol):
 def open_store(config: "DataConfig", path: str | Path, split: str) -> Store:
     """The store of `path`/`split`. ValueError for a URL with a secret in it, or of a kind that is not installed."""
     text = str(path)
+    if is_folder(path):
+        return Local(Path(path).expanduser() / split)
+    from trainer.data.fetched import Fetched  # imports this file
+
     if text.startswith(PIPE):
-        raise NotImplementedError
-    if _URL.match(text):
-        raise NotImplementedError
-    return Local(Path(path).expanduser() / split)
+        from trainer.data.pipe import Program
+
+        if not config.allow_pipe:
+            raise ValueError(
+                "data.path: pipe: starts a program; if you trust it, set data.allow_pipe: true in the YAML file itself"
+            )
+        return Fetched(Program(text.removeprefix(PIPE), split, timeout=config.remote.timeout), config.remote)
+    from trainer.data.remote import Remote
+
+    return Fetched(Remote(text, split, timeout=config.remote.timeout), config.remote)
 
 
 def is_folder(path: str | Path) -> bool:

@@ -1,0 +1,240 @@
+"""A bounded folder of fetched files that the processes of a machine share.
+
+    CACHE/remote/SOURCE/train-00000.DIGEST.tar             whole and verified: a name appears by rename only
+    CACHE/remote/SOURCE/train-00000.DIGEST.tar.BYTES.part  being fetched, or left by a process that died: gone on with
+    CACHE/remote/SOURCE/DIGEST-OF-index.json/...           small files of the set as that index knows it
+
+Locks are flocks on these files themselves: an exclusive one on a .part is the right to fetch, a shared one on a whole
+file says that it is read. The kernel gives both up when a process ends, however it ends, so none goes stale.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer import durable
+from trainer.data.store import OpenShard
+
+_LOOK = 0.05  # s between looks at a file that another process fetches
+_NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+PART = ".part"
+
+
+class Stopped(Exception):
+    """The store was closed."""
+
+
+class Changed(Exception):
+    """The source gives other bytes than the index says; the text completes `FILE: ...`."""
+
+
+class Unwritable(ValueError):
+    """The cache's folder cannot be written; the text says which, why and what to do."""
+
+
+class Part:
+    """A file that grows; this process holds its lock."""
+
+    def __init__(self, path: Path, file: int, *, size: int | None, stopped: Callable[[], bool]) -> None:
+        """size: bytes that it will have; None: not known yet."""
+        self.path, self.size, self._file, self._stopped = path, size, file, stopped
+        self.bytes = os.fstat(file).st_size
+
+    def write(self, block: bytes | memoryview) -> None:
+        """Appends. Changed where that is more than the file may have, Unwritable where the disk is full."""
+        if self._stopped():
+            raise Stopped
+        if self.size is not None and self.bytes + len(block) > self.size:
+            raise Changed(f"gives more than the {self.size:,} bytes of its index")
+        rest = memoryview(block)
+        while len(rest):
+            with explained(self.path.parent):
+                written = os.pwrite(self._file, rest, self.bytes)
+            self.bytes += written
+            rest = rest[written:]
+
+    def restart(self) -> None:
+        os.ftruncate(self._file, 0)
+        self.bytes = 0
+
+    def sha256(self) -> str:
+        return durable.sha256(self.path)
+
+    def finish(self, path: Path, name: str) -> OpenShard:
+        """Flushes it and gives it its name; it is now open for reading, and this object is done."""
+        with explained(self.path.parent):
+            os.fsync(self._file)
+            path.parent.mkdir(exist_ok=True)
+            self.path.replace(path)
+            durable.flush(path.parent)
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+        found, self._file = OpenShard(name, self._file), -1
+        return found
+
+    def close(self, *, remove: bool = False) -> None:
+        """Gives the lock up. What was fetched stays, unless it is nothing or to be removed."""
+        if self._file >= 0:
+            if remove or not self.bytes:
+                self.path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+
+
+class _Entry(NamedTuple):
+    used: int
+    """Nanoseconds: when it was last opened."""
+    bytes: int
+    path: Path
+
+
+class Cache:
+    """The files of one source in the folder; the bound is that of all sources together."""
+
+    def __init__(self, folder: Path, source: str, *, limit: int) -> None:
+        """folder: data.remote.cache. source: a name for the source's own folder. limit: bytes."""
+        self.root = folder.expanduser() / "remote"
+        self.folder = self.root / source
+        self.limit = limit
+
+    def path(self, name: str, sha256: str) -> Path:
+        if Path(name).name != name or name.startswith("."):
+            raise ValueError(f"{name!r} is no name of a shard; make the index again with `tandem data index`")
+        return self.folder / f"{Path(name).stem}.{sha256[:16]}{Path(name).suffix}"
+
+    def open(self, path: Path, size: int, name: str) -> OpenShard | None:
+        """A whole file, which now counts as the one used last; None where it is not there. name: for messages."""
+        try:
+            found = OpenShard(name, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None
+        lock(found.fd, fcntl.LOCK_SH, self.root)
+        if found.bytes != size:  # somebody cut it
+            path.unlink(missing_ok=True)
+            return None
+        touch(found.fd)
+        return found
+
+    def claim(self, path: Path, size: int | None, *, stopped: Callable[[], bool], patience: float) -> Part | None:
+        """The right to fetch a file. Waits while another process (or thread) does so; None when that one has finished
+        it. TimeoutError when it got nothing for `patience` seconds."""
+        part = path.with_name(f"{path.name}.{size or 0}{PART}")
+        grown, since = -1, time.monotonic()
+        while True:
+            with explained(self.root):
+                part.parent.mkdir(parents=True, exist_ok=True)
+                file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.root):
+                mine = Part(part, file, size=size, stopped=stopped)
+                if not _is(part, file):  # renamed or removed between open and lock
+                    mine.close()
+                elif path.exists():
+                    mine.close(remove=True)
+                    return None
+                else:
+                    return mine
+                continue
+            here = os.fstat(file).st_size
+            os.close(file)
+            if stopped():
+                raise Stopped
+            if here != grown:
+                grown, since = here, time.monotonic()
+            elif time.monotonic() - since > patience:
+                raise TimeoutError(
+                    f"{part}: another process fetches it and got nothing for {patience:.0f} s; end that process"
+                )
+            time.sleep(_LOOK)
+
+    def make_room(self, part: Part, *, keep: Collection[Path]) -> None:
+        """Removes the files that were used longest ago until this one fits, but for those that are open somewhere, and
+        `keep`. ValueError where that is not enough."""
+        entries = sorted(self._entries())
+        size = part.size or part.bytes
+        free = shutil.disk_usage(self.folder).free
+        excess = sum(entry.bytes for entry in entries) - self.limit
+        missing = size - part.bytes - free
+        for entry in entries:
+            if max(excess, missing) <= 0:
+                return
+            if entry.path != part.path and entry.path not in keep and self._remove(entry.path):
+                excess -= entry.bytes
+                missing -= entry.bytes
+        if excess > 0:
+            raise ValueError(
+                f"data.remote.cache_gb: {self.limit / 1e9:g} cannot hold the shards in use and {part.path.name} "
+                f"({size / 1e9:.3g} GB): {excess / 1e9:.3g} GB too little; raise it, or lower data.window"
+            )
+        if missing > 0:
+            raise ValueError(
+                f"data.remote.cache: {self.root} has {free / 1e9:.3g} GB free, {part.path.name} needs "
+                f"{size / 1e9:.3g}; free some or name a folder on another disk"
+            )
+
+    def _entries(self) -> list[_Entry]:
+        """Files of all sources. One that is being fetched counts with the bytes that it will have."""
+        found = []
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # another process removed it
+                    state = path.stat()
+                    planned = name.split(".")[-2] if name.endswith(PART) else "0"
+                    found.append(_Entry(state.st_atime_ns, max(state.st_size, int(planned)), path))
+        return found
+
+    def _remove(self, path: Path) -> bool:
+        """Whether the file is gone now; one that somebody reads or fetches stays."""
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            if not lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.root):
+                return False
+            path.unlink(missing_ok=True)
+            return True
+        finally:
+            os.close(file)
+
+
+def lock(file: int, kind: int, folder: Path) -> bool:
+    """Whether the lock was taken; ValueError where the file system has none."""
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_FLOCK:
+            raise ValueError(f"data.remote.cache: {folder} is on a disk without file locks; name another") from None
+        raise
+    return True
+
+
+def touch(file: int) -> None:
+    """Notes that a file is used: its time of access, since a disk may be mounted without."""
+    with contextlib.suppress(OSError):  # another user's file, or a read-only folder: it counts as older than it is
+        os.utime(file, ns=(time.time_ns(), os.fstat(file).st_mtime_ns))
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """A folder that cannot be written, or a full disk, as one line with the key."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(
+            f"data.remote.cache: {folder} cannot be written ({error.strerror}); name another folder or free its disk"
+        ) from None
+
+
+def _is(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False

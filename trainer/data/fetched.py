@@ -1,0 +1,206 @@
+"""A store whose shards are fetched whole into the cache of this machine: once for all its ranks, and ahead of need."""
+
+import hashlib
+import os
+import random
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from trainer.data.cache import Cache, Changed, Part, Stopped
+from trainer.data.config import RemoteConfig
+from trainer.data.store import OpenShard, advise
+
+if TYPE_CHECKING:
+    from trainer.data.index import Shard
+
+T = TypeVar("T")
+_LEAST = 64 << 10  # bytes that make a broken request count as a good one
+_LONGEST = 60.0  # s of a pause
+_STARTS = 60  # the first pause is this part of data.remote.timeout
+
+
+class TryAgain(Exception):
+    """A request failed in a way that may pass; the text completes `FILE: ...`."""
+
+    def __init__(self, problem: str, *, pause: float = 0.0) -> None:
+        """pause: seconds that the server asks for."""
+        super().__init__(problem)
+        self.pause = pause
+
+
+class Source(Protocol):
+    name: str
+    """Of the split, without secrets."""
+    key: str
+    """What no other source has; is kept as a digest."""
+
+    def names(self) -> list[str]:
+        """Of the .tar files."""
+
+    def more(self, name: str, part: Part) -> bool:
+        """One request: appends to `part` what comes next of the file; whether it is whole now. TryAgain, Changed,
+        FileNotFoundError, or ValueError and OSError that say what to do."""
+
+
+class Fetched:
+    """A store over a source."""
+
+    def __init__(self, source: Source, config: RemoteConfig) -> None:
+        self.name, self._source, self._config = source.name, source, config
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)[-80:].lstrip(".-")
+        key = hashlib.sha256(source.key.encode()).hexdigest()[:16]
+        self._cache = Cache(config.cache, f"{readable}-{key}", limit=int(config.cache_gb * 1e9))
+        self._index: Path | None = None
+        self._unknown: dict[str, tuple[Path, int]] = {}  # shards that no index names: where they are now, bytes
+        self._windows: deque[frozenset[Path]] = deque(maxlen=2)
+        self._waiting: deque[Shard] = deque()
+        self._news = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._closed = threading.Event()
+
+    def file(self, name: str) -> Path:
+        """index.json is fetched once by each process, since it may have changed; what belongs to it lies under its
+        digest."""
+        if self._index is None:
+            self._index = self._small("index.json", None)
+        path = self._index.parent / name
+        try:
+            os.utime(path)  # used now
+        except FileNotFoundError:
+            return self._small(name, path)
+        return path
+
+    def shards(self) -> list[str]:
+        return sorted(self._retried(self.name, self._source.names))
+
+    def open(self, shard: "Shard") -> OpenShard:
+        where = f"{self.name}/{shard.name}"
+        try:
+            while True:  # once, unless another process removes the file in this moment
+                path, size = self._place(shard)
+                if found := self._cache.open(path, size, where) or self._fetch(shard, where):
+                    return found
+        except FileNotFoundError:
+            raise ValueError(
+                f"{where}: is missing ({shard.samples:,} samples, {shard.bytes:,} bytes); copy it again"
+            ) from None
+        except Stopped:
+            raise OSError(f"{where}: the stream was closed while it was fetched") from None
+
+    def prepare(self, shards: "Sequence[Shard]") -> None:
+        window = {self._place(shard)[0]: shard for shard in shards}
+        with self._news:
+            self._windows.append(frozenset(window))
+            waiting = {self._place(shard)[0]: shard for shard in self._waiting} | window
+            self._waiting = deque(shard for path, shard in waiting.items() if any(path in w for w in self._windows))
+            self._news.notify_all()
+            while len(self._threads) < min(self._config.ahead, len(self._waiting)) and not self._closed.is_set():
+                self._threads.append(threading.Thread(target=self._run, name="fetch", daemon=True))
+                self._threads[-1].start()
+
+    def close(self) -> None:
+        """Does not wait for a request that stalls: its thread ends when the request does."""
+        self._closed.set()
+        with self._news:
+            self._news.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._waiting or self._closed.is_set())
+                if self._closed.is_set():
+                    return
+                shard = self._waiting.popleft()
+            try:
+                advise(self.open(shard).fd)
+            except (OSError, ValueError):
+                continue  # `open` tries again when the shard is needed, and says what is wrong
+
+    def _place(self, shard: "Shard") -> tuple[Path, int]:
+        """The file of a shard in the cache, and its bytes."""
+        if not shard.sha256 and shard.name in self._unknown:
+            return self._unknown[shard.name]
+        return self._cache.path(shard.name, shard.sha256), shard.bytes
+
+    def _fetch(self, shard: "Shard", where: str) -> OpenShard | None:
+        """None where another process or thread has fetched it meanwhile."""
+        path, size = self._place(shard)
+        part = self._claim(path, size if shard.sha256 else None)
+        if part is None:
+            return None
+        try:
+            if not shard.sha256:
+                part.restart()  # what another process left may be of another file
+            with self._news:
+                keep = frozenset[Path]().union(*self._windows)
+            self._cache.make_room(part, keep=keep)
+            if self._differs(part, shard, where) and (problem := self._differs(part, shard, where)):
+                raise ValueError(
+                    f"{where}: {problem}, and so it was when it was fetched again: it changed since its index was "
+                    "made; copy the shard again, or the whole set with its index"
+                )
+            if not shard.sha256:
+                path = self._cache.path(shard.name, part.sha256())
+                self._unknown[shard.name] = path, part.bytes
+            return part.finish(path, where)
+        finally:
+            part.close()
+
+    def _differs(self, part: Part, shard: "Shard", where: str) -> str | None:
+        """Fetches what is missing; in what the whole differs from its index. It is then forgotten."""
+        try:
+            self._complete(part, shard.name, where)
+            digest = part.sha256() if shard.sha256 else ""
+            if digest == shard.sha256:
+                return None
+            problem = f"has the sha256 {digest[:16]}..., its index says {shard.sha256[:16]}..."
+        except Changed as found:
+            problem = str(found)
+        part.restart()
+        return problem
+
+    def _small(self, name: str, path: Path | None) -> Path:
+        """Fetches a small file; two processes may do so at once. path: where to; None: under its own digest."""
+        part = self._claim(self._cache.folder / f"{os.getpid()}-{threading.get_ident()}-{name}", None)
+        assert part is not None
+        try:
+            part.restart()  # of another process that had this number
+            self._complete(part, name, f"{self.name}/{name}")
+            path = path or self._cache.folder / part.sha256()[:16] / name
+            part.finish(path, name).close()
+            return path
+        finally:
+            part.close(remove=True)
+
+    def _claim(self, path: Path, size: int | None) -> Part | None:
+        tries = self._config.retries + 1
+        patience = tries * (2 * self._config.timeout + _LONGEST)  # more than a process needs that is alive
+        return self._cache.claim(path, size, stopped=self._closed.is_set, patience=patience)
+
+    def _complete(self, part: Part, name: str, where: str) -> None:
+        while not self._retried(where, lambda: self._source.more(name, part), lambda: part.bytes):
+            pass
+
+    def _retried(self, where: str, request: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
+        """The result of a request that may be made again. done: bytes so far; a request that broke but brought many
+        does not count as failed."""
+        failed = 0
+        while not self._closed.is_set():
+            before = done()
+            try:
+                return request()
+            except TryAgain as problem:
+                failed = 1 if done() - before >= _LEAST else failed + 1
+                if failed > self._config.retries:
+                    raise OSError(
+                        f"{where}: {problem}, {failed} times in a row; see whether the server can be reached, then "
+                        "start again: what was fetched is kept"
+                    ) from None
+                pause = min(self._config.timeout / _STARTS * 2 ** (failed - 1), _LONGEST)
+                pause = max(pause * random.uniform(0.5, 1.5), min(problem.pause, _LONGEST))  # noqa: S311 spreads ranks
+            self._closed.wait(pause)
+        raise Stopped

@@ -1,0 +1,261 @@
+"""Shards behind a URL, by fsspec: http(s) and every object store that it knows. The only importer of fsspec.
+
+A failed request is told by its kind and status; of its own text no URL's user or query is repeated, since it may be a
+signed one that a server redirected to.
+"""
+
+import asyncio
+import re
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from http import HTTPStatus
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+from trainer.data.cache import Changed, Part, Stopped, Unwritable
+from trainer.data.fetched import TryAgain
+
+T = TypeVar("T")
+BLOCK = 16 << 20  # bytes of a request
+_SMALLEST = 256 << 10  # after time-outs
+_PACKAGES = {
+    "http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs",
+    "abfs": "adlfs", "abfss": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko", "ssh": "paramiko",
+}  # fmt: skip
+_GIVEN = "give credentials to fsspec in its own ways (~/.config/fsspec/*.json, FSSPEC_ variables, ~/.netrc, ~/.aws ...)"
+_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")  # RFC 9110, 14.4
+_PASSING = (408, 425, 429)  # statuses that may pass, and 5xx
+
+
+def redacted(text: str) -> str:
+    """Text without what may be secret in its URLs: user and password, and the query."""
+    text = re.sub(r"(\w[\w+.-]*://)[^\s/@'\"]*@", r"\1", text)
+    return re.sub(r"(\w[\w+.-]*://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1", text)
+
+
+def refuse_secrets(url: str) -> None:
+    """ValueError for a URL with a credential in it, or what may be one. Needs no fsspec."""
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    if at and (":" in user or parts.scheme in ("http", "https")):
+        raise ValueError(f"data.path: {redacted(url)} has a user or password in it; take it out and {_GIVEN}")
+    if "?" in url or "#" in url:
+        raise ValueError(
+            f"data.path: {redacted(url)} has a query (what follows ? or #), which a folder has not; take it out, and "
+            f"if it is a signature or token: {_GIVEN}"
+        )
+
+
+class _Answered(Exception):
+    def __init__(self, status: int, pause: float) -> None:
+        """pause: seconds that the server asks for."""
+        super().__init__(status)
+        self.status, self.pause = status, pause
+
+
+class Remote:
+    """The source behind a URL."""
+
+    def __init__(self, url: str, split: str, *, timeout: float) -> None:
+        """timeout: seconds without a byte. ValueError says what is wrong with the URL, or what to install."""
+        refuse_secrets(url)
+        scheme = urlsplit(url).scheme.lower()
+        if scheme in ("file", "local") or "::" in url:
+            raise ValueError(f"data.path: {url}: name a folder of this machine without file://, and use no ::")
+        self.name = self.key = f"{url.rstrip('/')}/{split}"
+        self._timeout = timeout
+        self._web = scheme in ("http", "https")
+        self._block = BLOCK
+        self._fs, self._root = _connect(self.name, scheme)
+
+    def names(self) -> list[str]:
+        # a listing on the web is a page of links, and a folder's page has a slash at its end
+        folder = f"{self._root}/" if self._web else self._root
+        try:
+            found = self._call(self.name, self._fs.ls, folder, detail=False)
+        except (FileNotFoundError, NotADirectoryError, NotImplementedError):
+            found = []
+        names = {(unquote(path) if self._web else path).rpartition("/")[2] for path in found}
+        shards = [name for name in names if name.endswith(".tar")]
+        if not shards:
+            raise ValueError(
+                f"data.path: {self.name} has no index.json and lists no .tar files; make an index with `tandem data "
+                "index` where the shards are and copy it beside them, or give a URL that can be listed"
+            )
+        return shards
+
+    def more(self, name: str, part: Part) -> bool:
+        """One range of the file; on the web all that the server sends where it knows no ranges."""
+        where, path = f"{self.name}/{name}", f"{self._root}/{quote(name) if self._web else name}"
+        if part.size is not None and part.bytes == part.size:
+            return True
+        stop = part.bytes + self._block if part.size is None else min(part.bytes + self._block, part.size)
+        if not self._web:
+            return self._from_any(where, path, part, stop)
+        return self._asked(where, lambda: _run(self._fs.loop, _get(self._fs, path, part, stop, self._timeout)))
+
+    def _from_any(self, where: str, path: str, part: Part, stop: int) -> bool:
+        if part.bytes == 0:
+            size = self._call(where, self._fs.info, path).get("size")
+            if size is not None:
+                _agree(part, size)
+                stop = min(stop, size)
+        start = part.bytes
+        try:
+            block = self._call(where, self._fs.cat_file, path, start=start, end=stop)
+        except TryAgain:
+            self._block = max(_SMALLEST, self._block // 2)  # a deadline is for a whole request here: a slow line
+            raise
+        self._block = min(BLOCK, self._block * 2)
+        if len(block) > stop - start:  # all of it, whatever was asked for
+            block = memoryview(block)[start:]
+        part.write(block)
+        if len(block) < stop - start and part.size is not None:
+            raise TryAgain(f"ended after {part.bytes:,} of {part.size:,} bytes")
+        return part.bytes == part.size if part.size is not None else not block
+
+    def _call(self, where: str, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The method's result within the deadline. fsspec takes a `timeout` where it runs a coroutine."""
+        if self._fs.async_impl:
+            return self._asked(where, lambda: method(*arguments, timeout=self._timeout, **options))
+        return self._asked(where, lambda: _within(self._timeout, lambda: method(*arguments, **options)))
+
+    def _asked(self, where: str, request: Callable[[], T]) -> T:
+        """The result of a request, its errors in our words."""
+        try:
+            return request()
+        except (TryAgain, Changed, Stopped, Unwritable, NotImplementedError):
+            raise
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise FileNotFoundError(f"{where}: is not there") from None
+        except (TimeoutError, asyncio.TimeoutError, FutureTimeout):  # one and the same from Python 3.11 on
+            raise TryAgain(f"gave no byte for {self._timeout:g} s") from None
+        except Exception as error:  # noqa: BLE001  what any protocol raises; none is lost
+            raise _explained(where, error) from None
+
+
+def _connect(url: str, scheme: str) -> tuple[Any, str]:
+    """The file system, and how it calls the URL."""
+    try:
+        import fsspec
+        from fsspec.config import apply_config
+
+        kind = fsspec.get_filesystem_class(scheme)
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if scheme in ("http", "https"):  # proxies and ~/.netrc, beside what the user's own configuration says
+            options["client_kwargs"] = {"trust_env": True} | apply_config(kind, {}).get("client_kwargs", {})
+        files, root = fsspec.core.url_to_fs(url, **options)
+        return files, root
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        what = f"`pip install {package}`" if package else redacted(str(error))
+        raise ValueError(f"data.path: {url}: {scheme}:// needs a package that is not installed: {what}") from None
+    except Exception as error:  # noqa: BLE001  bad options in a user's fsspec configuration, an unknown protocol
+        raise ValueError(f"data.path: {url}: {_words(error)}") from None
+
+
+async def _get(fs: Any, url: str, part: Part, stop: int, timeout: float) -> bool:
+    """Appends to `part` up to `stop` what comes, as it comes: a cut leaves what was there, and memory stays small
+    where a server sends more than asked."""
+    from aiohttp import ClientTimeout
+
+    start = part.bytes
+    options = {name: value for name, value in fs.kwargs.items() if name not in ("timeout", "headers")}
+    # identity: a range of a compressed answer would be one of other bytes
+    headers = fs.kwargs.get("headers", {}) | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    limit = ClientTimeout(total=None, connect=timeout, sock_connect=timeout, sock_read=timeout)
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), headers=headers, timeout=limit, **options) as answer:
+        skip = _first(answer, part, start)
+        if skip is None:
+            return True
+        ranged = answer.status == HTTPStatus.PARTIAL_CONTENT
+        async for block in answer.content.iter_any():
+            part.write(memoryview(block)[skip : skip + stop - part.bytes if ranged else None])
+            skip = max(0, skip - len(block))
+            if ranged and part.bytes == stop:
+                break
+    if part.size is None:
+        return not ranged  # read to its end
+    if part.bytes == start:
+        raise TryAgain(f"ended after {part.bytes:,} of {part.size:,} bytes")
+    return part.bytes == part.size
+
+
+def _first(answer: Any, part: Part, start: int) -> int | None:
+    """Bytes of the answer's body that `part` has already; None where the body is the end of a file of unknown size."""
+    if answer.status == HTTPStatus.PARTIAL_CONTENT:
+        found = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        if not found or found[1] is None or int(found[1]) != start:
+            raise TryAgain("answered with another range than was asked for")
+        if found[2] != "*":
+            _agree(part, int(found[2]))
+        return 0
+    if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        if part.size is not None and part.size > 0:
+            raise Changed(f"ends before byte {start:,}, its index says {part.size:,} bytes")
+        return None
+    if answer.status != HTTPStatus.OK:
+        pause = answer.headers.get("Retry-After", "")
+        raise _Answered(answer.status, float(pause) if pause.isdecimal() else 0.0)
+    if answer.content_length is not None and "Content-Encoding" not in answer.headers:
+        _agree(part, answer.content_length)
+    return start
+
+
+def _agree(part: Part, size: int) -> None:
+    """Changed where the source's size is not the index's; taken over where none is known."""
+    if part.size is None:
+        part.size = size
+    elif part.size != size:
+        raise Changed(f"has {size:,} bytes, its index says {part.size:,}")
+
+
+def _explained(where: str, error: Exception) -> Exception:
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(status, int) and status >= HTTPStatus.BAD_REQUEST:
+        return _by_status(where, status, getattr(error, "pause", 0.0))
+    if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+        return ValueError(f"{where}: is refused ({_words(error)}); {_GIVEN}")
+    if isinstance(error, (ValueError, TypeError, AttributeError, ImportError)):
+        return ValueError(f"{where}: cannot be asked for ({_words(error)})")
+    return TryAgain(f"failed ({_words(error)})")
+
+
+def _by_status(where: str, status: int, pause: float) -> Exception:
+    said = f"{status} {HTTPStatus(status).phrase}" if status in list(HTTPStatus) else str(status)
+    if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
+        return FileNotFoundError(f"{where}: is not there")
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED):
+        return ValueError(f"{where}: is refused ({said}); {_GIVEN}")
+    if status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return TryAgain(f"answered {said}", pause=pause)
+    return ValueError(f"{where}: cannot be had, the server answered {said}")
+
+
+def _words(error: Exception) -> str:
+    """Kind and text of an error, on one line, without secrets."""
+    if hasattr(error, "request_info") or hasattr(error, "url"):  # aiohttp's, of a URL that may be a signed one
+        return type(error).__name__
+    text = redacted(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _run(loop: asyncio.AbstractEventLoop, request: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(request, loop).result()
+
+
+def _within(timeout: float, request: Callable[[], T]) -> T:
+    """The result of a request that knows no deadline; after one its thread is left to itself."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(request())
+        except Exception as error:  # noqa: BLE001  raised where it is waited for
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="request", daemon=True).start()
+    return result.result(timeout)
