@@ -55,7 +55,8 @@ class Gallery:
         device = self.ranks.device
         z = show.latents(self.method, 8 * COLUMNS, device=device)
         sheets = {"samples": grid(show.samples(self.method, self.networks, z), columns=COLUMNS)}
-        given = to_device(self.test.first(4 * COLUMNS), device=device, transform=Transform.plain(self.config.data)).image
+        transform = Transform.plain(self.config.data)
+        given = to_device(self.test.first(4 * COLUMNS), device=device, transform=transform).image
         rebuilt = show.reconstructions(self.method, self.networks, given)
         if rebuilt is not None:
             sheets["reconstructions"] = pairs(to_uint8(given), rebuilt, columns=COLUMNS)

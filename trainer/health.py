@@ -1,14 +1,22 @@
-"""Watches over a run: signals that ask it to stop, and updates that were skipped for a gradient that is not finite."""
+"""Watches over a run: signals that ask it to stop, updates that were skipped for a gradient that is not finite, bad
+samples."""
 
+import itertools
+import json
 import math
 import os
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor
+
+from trainer.data import Stream
+from trainer.data.quarantine import Bad
+from trainer.parallel.ranks import Ranks
 
 INTERRUPTED = 128 + signal.SIGINT
 SHOW_CURSOR = b"\x1b[?25h\n"
@@ -114,3 +122,54 @@ def check_finite(metrics: Mapping[str, float], *, images: int) -> None:
             f"the evaluation at {images} images is not finite ({', '.join(bad)}): the weights are beyond use; lower "
             "optim.lr or set optim.clip, then go on from the last checkpoint"
         )
+
+
+class BadSamples:
+    """Samples that could not be decoded, of all ranks: kept in RUN/quarantine/SPLIT.jsonl, and too many end the run.
+
+    Each rank meets its own; what is known is exchanged when `look` is called, so that the limit holds for all of them
+    together. A resumed run meets some again and writes them once."""
+
+    NAMED = 20
+    """Lines of one look."""
+
+    def __init__(self, stream: Stream, *, folder: Path, ranks: Ranks) -> None:
+        self.fault: str | None = None
+        """Why the run must end: more are bad than data.max_bad_fraction allows. The same on all ranks."""
+        self._stream, self._ranks = stream, ranks
+        self._path = folder / f"{stream.split}.jsonl"
+        self._known: set[int] = set()
+        self._written: set[tuple[str, str]] = set()
+        if ranks.rank == 0 and self._path.exists():
+            whole, _, torn = self._path.read_text(encoding="utf-8").rpartition("\n")
+            self._written = {(row["shard"], row["key"]) for row in map(json.loads, whole.splitlines())}
+            if torn:  # the run was killed while it wrote
+                os.truncate(self._path, len(f"{whole}\n".encode()) if whole else 0)
+
+    def look(self) -> list[str]:
+        """A collective. A line for each sample that is new to all ranks, NAMED at most."""
+        met = [list(bad) for bad in self._stream.news()]
+        if not self._ranks.largest(len(met)):
+            return []
+        new = {}
+        for bad in itertools.starmap(Bad, itertools.chain.from_iterable(self._ranks.gather(met))):
+            if bad.sample not in self._known:
+                new[bad.sample] = bad
+        self._known |= set(new)
+        if self._ranks.rank == 0:
+            self._write([bad for bad in new.values() if (bad.shard, bad.key) not in self._written])
+        if len(self._known) > self._stream.allowed:
+            last = list(new.values())[-1]
+            many = self._stream.too_many(len(self._known))
+            self.fault = f"{last.shard}: {last.key}: {last.reason}; {many}; all of them: {self._path}"
+        lines = [str(bad) for bad in new.values()]
+        more = len(lines) - self.NAMED
+        return lines[: self.NAMED] + ([f"and {more:,} more bad samples: {self._path}"] if more > 0 else [])
+
+    def _write(self, new: list[Bad]) -> None:
+        if not new:
+            return
+        self._path.parent.mkdir(exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(bad._asdict()) + "\n" for bad in new)
+        self._written |= {(bad.shard, bad.key) for bad in new}

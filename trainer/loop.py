@@ -7,10 +7,10 @@ from trainer import build, progress
 from trainer.board import open_board
 from trainer.config import Config
 from trainer.data import Feed, Transform
-from trainer.errors import one_line, to_stderr
+from trainer.errors import one_line
 from trainer.evaluate import evaluate
 from trainer.gallery import Gallery
-from trainer.health import Collapse, NonFinite, Signals, check_finite
+from trainer.health import BadSamples, Collapse, NonFinite, Signals, check_finite
 from trainer.parallel.launcher import asked_processes
 from trainer.parallel.ranks import Ranks, start
 from trainer.phase import Run
@@ -60,12 +60,13 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
     stack.enter_context(contextlib.closing(board))
     gallery = Gallery(config, method, networks, test, board=board, ranks=ranks)
     gallery.describe()
+    bad = [BadSamples(one, folder=config.run / "quarantine", ranks=ranks) for one in (stream, test)]
     for line in saver.said:
         terminal.note(line)
 
     # ---- train
     feed, speed = Feed(stream.batches(images), device=ranks.device, transform=transform), Speed(stream, images)
-    code, stopping = 0, False
+    code, stopping, fault = 0, False, None
     if images < config.images:
         feed.fetch()
         ranks.agree(feed.fault)
@@ -88,8 +89,8 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
             scalars = means(run.kept, ranks) | speed.read(images)
             scalars |= {f"lr/{name}": engine.rate(images - config.batch) for name, engine in engines.items()}
             scalars["data/bad_samples"] = ranks.total(stream.bad)
-            for line in (*stream.news(), *test.news()):
-                terminal.note(line) if first else to_stderr(line)
+            for line in (*bad[0].look(), *bad[1].look()):
+                terminal.note(line)
             run.kept.clear()
             board.scalars(images, scalars)
             terminal.report(images, scalars)
@@ -99,6 +100,9 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
             if alarm is not None:
                 terminal.note(alarm)
                 board.text("health", alarm, images)
+        fault = next(filter(None, [feed.fault, *(one.fault for one in bad)]), None)
+        if fault is not None and code == 0:  # too many bad samples over all ranks: known to each
+            code, stopping = UNREADABLE, True
         terminal.advance(images)
         speed.pause()
         if now(config.log.evaluate_every) and not stopping:
@@ -116,7 +120,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
     # ---- end
     if code == UNREADABLE:
         terminal.note(f"the data cannot be read further; saved {saver.path}")
-        ranks.agree(feed.fault)
+        ranks.agree(fault)
     if stopping:
         how = "the same command" if config.checkpoint.resume in ("auto", "must") else "checkpoint.resume=auto"
         terminal.finish(f"stopped at {images:,} images; saved {saver.path}; {how} goes on from there")

@@ -1,0 +1,90 @@
+"""Data that fails under a run: every rank stops with the same word, at an update that is saved; and who may start a
+program."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import starts
+from tests.runs import saved, write_config
+from trainer.data.order import Order
+
+JUNK = b"not an image"
+
+
+@pytest.fixture
+def write(tmp_path: Path, write_set: Callable[..., Path]) -> Callable[..., Path]:
+    """write(bad_train, bad_test): the config of a run on 40 + 20 samples of 28 x 28; those numbers are junk."""
+
+    def make(bad: dict[int, bytes], bad_test: dict[int, bytes], **data: object) -> Path:
+        write_set(tmp_path / "set", [16, 24], shape=(28, 28, 1), bad=bad)
+        write_set(tmp_path / "set", [20], shape=(28, 28, 1), split="test", bad=bad_test)
+        more = {"images": 64, "batch": 4, "log": {"every": 4}, "checkpoint": {"every": 400}}
+        path = write_config(tmp_path / "run.yaml", "vae", data=tmp_path / "set", **more)
+        tree = json.loads(path.read_text())
+        path.write_text(json.dumps({**tree, "data": tree["data"] | data}))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_sample_that_one_rank_cannot_use_ends_all_ranks_with_its_name_and_saves_what_was_trained(
+    write: Callable[..., Path], tmp_path: Path, late: bool
+) -> None:
+    # the last of 40 in the order of seed 0 comes to rank 1 in update 10, and the first to rank 0 in update 1
+    order = Order([16, 24], seed=0, window=2).take(0, 40)
+    number = int(order[39 if late else 0])
+    config = write({number: JUNK}, {}, max_bad_fraction=0.0, window=2)
+    ended = starts.train(tmp_path / "logs", str(config), world=2).wait()
+    assert ended.codes == [2, 2], ended.err
+    lines = [line for line in ended.err.splitlines() if line.startswith("tandem: error:")]
+    assert len(lines) == 2 and len(set(lines)) == 1, ended.err  # one a rank, the same
+    assert f"{number:06d}" in lines[0] and "data.max_bad_fraction" in lines[0]
+    assert "Traceback" not in ended.err
+    assert bool(saved(tmp_path / "run")) is late  # nothing was trained before the first update
+    if late:
+        assert saved(tmp_path / "run") == [36]
+
+
+def test_a_sample_of_the_test_split_that_one_rank_cannot_use_ends_all_ranks(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write({}, {18: JUNK}, max_bad_fraction=0.0)
+    ended = starts.train(tmp_path / "logs", str(config), world=2).wait()
+    assert ended.codes == [2, 2], ended.err
+    assert ended.err.count("tandem: error:") == 2 and ended.err.count("000018") == 2, ended.err
+
+
+def test_bad_samples_are_counted_over_ranks_and_kept_in_the_runs_folder_once(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write({3: JUNK, 30: b""}, {5: JUNK}, max_bad_fraction=0.1)
+    starts.train(tmp_path / "logs", str(config), world=2).wait().ok()
+    starts.train(tmp_path / "logs", str(config), "images=160", world=1).wait().ok()  # meets them again
+    found = [json.loads(line) for line in (tmp_path / "run" / "quarantine" / "train.jsonl").read_text().splitlines()]
+    assert [(Path(row["shard"]).name, row["key"]) for row in sorted(found, key=lambda row: row["sample"])] == [
+        ("0000.tar", "000003"), ("0001.tar", "000030"),
+    ]  # fmt: skip
+    assert all(row["reason"] for row in found)
+    (row,) = map(json.loads, (tmp_path / "run" / "quarantine" / "test.jsonl").read_text().splitlines())
+    assert row["key"] == "000005"
+
+
+def test_more_bad_samples_than_allowed_over_all_ranks_end_all_ranks(write: Callable[..., Path], tmp_path: Path) -> None:
+    """No rank alone has met too many: 3 of 40 are allowed, and each of two ranks meets two or three of five."""
+    order = Order([16, 24], seed=0, window=2).take(0, 40).reshape(10, 2, 2)
+    bad = [*order[1, 0], *order[2, 1], order[5, 0, 0]]  # rank 0, rank 1, rank 0
+    config = write({int(number): JUNK for number in bad}, {}, max_bad_fraction=0.075, window=2)
+    ended = starts.train(tmp_path / "logs", str(config), world=2).wait()
+    assert ended.codes == [2, 2], ended.err
+    assert "data.max_bad_fraction" in ended.err and "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("word", ["data.allow_pipe=true", "data={path: x, size: 28, allow_pipe: true}"])
+def test_a_command_line_cannot_allow_a_program_to_be_started(few: Path, tmp_path: Path, word: str) -> None:
+    config = write_config(tmp_path / "run.yaml", "vae", data=few)
+    ended = starts.train(tmp_path / "logs", str(config), word).wait()
+    ended.refused("command line", "data.allow_pipe", "YAML")
