@@ -132,6 +132,11 @@ def measured(words: list[str], work: Path) -> None:
     program([sys.executable, *words[1:], "--samples", "100"], work)
 
 
+def soaked(words: list[str], work: Path) -> None:
+    """Fewer samples and kills."""
+    program([sys.executable, *words[1:], "--samples", "6000", "--kills", "2"], work)
+
+
 def installed(words: list[str], work: Path) -> None:
     """`pip install .` of a copy of what git knows, without its dependencies, into a folder."""
     copy, target = work / "copy", work / "installed"
@@ -162,8 +167,8 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem data make fashion-mnist": lambda words, work: fashion_made([*words, "data"], work),
     r"tandem data make fashion-mnist \S+": fashion_made,
     r"tandem data make folder .*": folder_made,
-    r"tandem data (check|make)": lambda words, work: helped([*words, "--help"], work),
-    r"tandem data check .*": forked,
+    r"tandem data (check|index|make|verify)": lambda words, work: helped([*words, "--help"], work),
+    r"tandem data (check|index|verify) .*": forked,
     r"tandem train": lambda words, work: helped([*words, "--help"], work),
     r"tandem train CONFIG \[.*": lambda words, work: trained(["tandem", "train", PLACEHOLDERS["CONFIG"]], work),
     r"tandem train config\.yaml": lambda words, work: trained(
@@ -178,6 +183,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"python -X dev -m launch\.cli \.\.\.": lambda words, work: program([*words[:-1], "env"], work) and None,
     r"python -m tools\.bench\.train.*": benchmarked,
     r"python -m tools\.quality .*": measured,
+    r"python -m tools\.soak\.data .*": soaked,
     r"make .*": made,
     r"tensorboard --logdir runs": board_shown,
     r"pip install \.": installed,
