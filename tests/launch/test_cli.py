@@ -41,8 +41,8 @@ def test_without_a_verb_the_usage_is_shown_and_the_exit_code_is_2() -> None:
     [
         (["trian", "a.yaml"], "did you mean train?"),
         (["data", "mkae"], "did you mean data make?"),
-        (["data"], "data make, data index, data verify, data check"),
-        (["data", "--help"], "data make, data index, data verify, data check"),
+        (["data"], "say which: data make, "),
+        (["data", "--help"], "say which: data make, "),
         (["xyzzy"], "tandem --help"),
     ],
 )

@@ -202,7 +202,7 @@ def test_sizes_are_recorded_over_all_shards(tmp_path: Path) -> None:
     for number in range(6):
         picture(tmp_path / "in" / f"{number}.png", size=(10 + number, 20 - number))
     make(tmp_path / "in", tmp_path / "out", "--shard-size", "1KB")
-    found = indices.load(tmp_path / "out", "train")
+    found = indices.load(ShardsConfig(path=tmp_path / "out", size=8), "train")
     assert len(found.shards) == 6
     assert (found.height, found.width) == ((15, 20), (10, 15))
 
@@ -260,9 +260,9 @@ def test_too_many_bad_images_are_an_error_and_a_higher_share_finishes_the_set(tm
         make(source, tmp_path / "out")
     assert not (tmp_path / "out" / "train" / "index.json").exists()
     with pytest.raises(ValueError, match="unfinished"):
-        indices.load(tmp_path / "out", "train")
+        indices.load(ShardsConfig(path=tmp_path / "out", size=8), "train")
     assert make(source, tmp_path / "out", "--max-bad", "0.4") == 0
-    assert indices.load(tmp_path / "out", "train").samples == 8
+    assert indices.load(ShardsConfig(path=tmp_path / "out", size=8), "train").samples == 8
 
 
 def test_a_folder_of_bad_images_only_is_an_error(tmp_path: Path) -> None:
@@ -277,9 +277,9 @@ def test_a_folder_of_bad_images_only_is_an_error(tmp_path: Path) -> None:
 def test_an_image_field_that_the_set_does_not_have_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "x.png")
     make(tmp_path / "in", tmp_path / "out")
-    assert indices.load(tmp_path / "out", "train", image="npy").samples == 1
+    assert indices.load(ShardsConfig(path=tmp_path / "out", size=8, image="npy"), "train").samples == 1
     with pytest.raises(ValueError, match=r"^data\.image: png is no field of .*train \(found: npy\)"):
-        indices.load(tmp_path / "out", "train", image="png")
+        indices.load(ShardsConfig(path=tmp_path / "out", size=8, image="png"), "train")
 
 
 def test_a_terminal_shows_a_bar_and_a_pipe_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,7 +411,7 @@ def test_an_interrupted_set_goes_on_to_the_same_bytes(
     assert "interrupted; the same command goes on from here" in capsys.readouterr().err
     monkeypatch.setattr(folder.Encode, "_pack", real)
     with pytest.raises(ValueError, match=r"^data\.path: .* is unfinished; run the `tandem data make` command"):
-        indices.load(tmp_path / "out", "train")
+        indices.load(ShardsConfig(path=tmp_path / "out", size=8), "train")
     with pytest.raises(ValueError, match="begun from other files or with other options"):
         make(tmp_path / "in", tmp_path / "out", *options, "--seed", "5")
     assert make(tmp_path / "in", tmp_path / "out", *options) == 0
@@ -472,7 +472,7 @@ def test_a_cut_shard_is_named_with_what_was_expected_and_what_is_there(made: Pat
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     pattern = rf"train-00001\.tar: expected 3 samples in {len(whole):,} bytes, found {len(whole) // 2:,} bytes"
-    for call in (lambda: check.main([str(made)]), lambda: indices.load(made, "train")):
+    for call in (lambda: check.main([str(made)]), lambda: indices.load(ShardsConfig(path=made, size=8), "train")):
         with pytest.raises(ValueError, match=pattern):
             call()
 

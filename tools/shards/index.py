@@ -3,29 +3,29 @@
 Builds or renews the index of a set: one pass over its shards.
 """
 
-import argparse
 import sys
 
+from tools.shards import options as shared
+
 EXAMPLE = """\
-example:
-  tandem data index data/birds --image left.png --label json:species
+examples:
+  tandem data index data/faces
+  tandem data index data/faces --image jpg --label json:species
 """
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tandem data index",
+    parser = shared.parser(
+        "tandem data index",
         description="Builds or renews the index of WebDataset shards: where each sample lies, its class, the sha256 of "
         "each shard. Reads every shard once. Beside the shards, or in the cache where DEST is a URL or read-only.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        example=EXAMPLE,
     )
     parser.add_argument("dest", metavar="DEST", help="folder or URL that holds train/ and test/")
     parser.add_argument("--image", default="auto", metavar="FIELD", help="that holds the image, such as left.png "
-                        "(default: auto, the one with a known extension)")  # fmt: skip
+                        "(default: as before, else the one with a known extension)")  # fmt: skip
     parser.add_argument("--label", default="auto", metavar="FIELD", help="that holds the class, a number or text, or "
-                        "json:KEY (default: auto, the number in cls)")  # fmt: skip
+                        "json:KEY (default: as before, else the number in cls)")  # fmt: skip
     parser.add_argument("--ignore", default="", metavar="FIELD,...", help="fields to pass over although their kind is "
                         "refused, such as pyd")  # fmt: skip
     options = parser.parse_args(argv)

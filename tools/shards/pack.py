@@ -22,7 +22,9 @@ import numpy as np
 
 from trainer import durable
 from trainer.data import build, tar
-from trainer.data.index import LABEL_FIELD, UNFINISHED
+from trainer.data.contents import AS_MADE
+from trainer.data.part import UNFINISHED
+from trainer.data.scan import IMAGE_FIELDS, LABEL_FIELD, kind_of
 from trainer.data.table import ROW, key_hash, spans_of
 
 Item = TypeVar("Item")
@@ -34,7 +36,7 @@ class Packed(NamedTuple):
     """A sample that is ready to be written."""
 
     key: str
-    """Holds no dot and no slash."""
+    """Holds no dot after its last slash."""
     field: str
     data: bytes
     label: int
@@ -135,6 +137,7 @@ def _workplace(dest: Path, plan: Plan[Item]) -> Iterator[dict[str, Any]]:
                 "options": _plain(plan.options),
                 "next": dict.fromkeys(plan.splits, 0),
                 "shards": {split: [] for split in plan.splits},
+                "image": "auto",
                 "converted": {},
                 "left_out": [],
             }
@@ -216,7 +219,7 @@ def _ordered(
 
 
 def _members(sample: Packed) -> list[bytes]:
-    assert "." not in sample.key and "/" not in sample.key
+    assert "." not in sample.key.rpartition("/")[2]
     found = [tar.member(f"{sample.key}.{sample.field}", sample.data)]
     found += [tar.member(f"{sample.key}.{field}", data) for field, data in sample.extra.items()]
     if sample.label >= 0:
@@ -238,15 +241,19 @@ class _Shard:
         self.rows: list[tuple[int, int, int, int, int, int, int]] = []
         self.fields: dict[str, int] = {}
         self.shapes: set[tuple[int, int, int]] = set()
+        self.image: str | None = None  # where samples hold several
         self.converted: dict[str, int] = {}
         self.left_out: list[LeftOut] = []
 
     def add(self, sample: Packed, members: Sequence[bytes]) -> None:
         begin, end = self.position, self.position + sum(map(len, members))
         field = self.fields.setdefault(sample.field, len(self.fields))
-        place = (begin, end, begin + tar.BLOCK, len(sample.data))
+        padded = -(-len(sample.data) // tar.BLOCK) * tar.BLOCK
+        place = (begin, end, begin + len(members[0]) - padded, len(sample.data))
         self.rows.append((*place, key_hash(sample.key), sample.label, field))
         self.shapes.add(sample.shape)
+        if any(kind_of(name) in IMAGE_FIELDS for name in sample.extra):
+            self.image = sample.field
         for what in sample.converted:
             self.converted[what] = self.converted.get(what, 0) + 1
         for data in members:
@@ -272,6 +279,7 @@ class _Shard:
             self.aside.replace(self.path)
             durable.flush(self.path.parent)
             state["shards"][self.split].append(made)
+        state["image"] = self.image or state["image"]
         for what, count in self.converted.items():
             state["converted"][what] = state["converted"].get(what, 0) + count
         state["left_out"] += [[f"{self.split}: {name}", reason] for name, reason in self.left_out]
@@ -298,7 +306,12 @@ def _judge(dest: Path, plan: Plan[Item], state: Mapping[str, Any], max_bad: floa
 
 
 def _write_index(dest: Path, split: str, plan: Plan[Item], state: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    drafts = [build.Draft.of(made) for made in state["shards"][split]]
     build.publish(
-        dest / split, drafts, folder=dest / UNFINISHED, classes=plan.classes, options=plan.options, report=report
+        dest / split,
+        [build.Draft.of(made) for made in state["shards"][split]],
+        folder=dest / UNFINISHED,
+        classes=plan.classes,
+        reading={**AS_MADE, "image": state["image"]},
+        options=plan.options,
+        report=report,
     )

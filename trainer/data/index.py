@@ -12,14 +12,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data import contents, joined, tar
-from trainer.data.config import DataConfig, ShardsConfig
+from trainer.data.config import DataConfig
 from trainer.data.part import UNFINISHED, Part, open_part
 from trainer.data.scan import LABEL_FIELD
 from trainer.data.store import Store
@@ -41,7 +40,7 @@ class Index:
         counts = np.fromiter((shard.samples for shard in self.shards), np.int64, len(self.shards))
         self.starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         """(shards + 1): the number of each shard's first sample."""
-        self._joined = joined.join([part.store.name for part in parts], [part.contents for part in parts])
+        self._joined = joined.join([part.path for part in parts], [part.contents for part in parts])
         self.classes: tuple[str, ...] = self._joined.classes
         self.fields: tuple[str, ...] = self._joined.fields
         """Image fields; `field` of a row is a number into it."""
@@ -54,7 +53,7 @@ class Index:
         """Of the maker; of several sets, by their names."""
         if len(self.parts) == 1:
             return self.parts[0].contents.report
-        return {part.store.name: part.contents.report for part in self.parts}
+        return {part.path: part.contents.report for part in self.parts}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,36 +126,10 @@ class Index:
             rows.flags.writeable = False
         return rows
 
-    # ---- one column of all samples, as one array: until every reader asks for rows
-    @property
-    def folder(self) -> Path:
-        return Path(self.parts[0].store.name)
 
-    def _column(self, name: str) -> NDArray[Any]:
-        return np.concatenate([self.table(shard)[name] for shard in range(len(self.shards))])
-
-    @cached_property
-    def offset(self) -> NDArray[np.int64]:
-        return self._column("offset")
-
-    @cached_property
-    def size(self) -> NDArray[np.int64]:
-        return self._column("size")
-
-    @cached_property
-    def label(self) -> NDArray[np.int64]:
-        return self._column("label").astype(np.int64)
-
-    @cached_property
-    def field(self) -> NDArray[np.uint8]:
-        return self._column("field")
-
-
-def load(config: DataConfig | Path, split: str, *, image: str = "auto") -> Index:
+def load(config: DataConfig, split: str) -> Index:
     """The index of a split of all sets of the config; those without one are scanned, once.
 
     ValueError says what is missing, damaged, cut short or changed, and what to do.
     """
-    if isinstance(config, Path):
-        config = ShardsConfig(path=config, size=1, image=image)
     return Index([open_part(config, one.path, split) for one in config.sets])

@@ -1,11 +1,12 @@
 """One set of a config: finds the index of a split, builds it where there is none, and checks that the shards are still
 those that it names."""
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ AT_ONCE = 32 << 20  # bytes of tables in a folder that are verified before the f
 class Part:
     """A split of one set."""
 
+    path: str
+    """Of the set, as the config has it."""
     store: Store
     file: Callable[[str], Path]
     """index.json or a table on this machine: from beside the shards, or from the cache."""
     contents: Contents
+    cached: bool = False
+    """Whether the index lies in the cache."""
 
     def table(self, shard: Shard) -> Rows:
         """Verified; in the numbers of this set. ValueError, OSError."""
@@ -50,47 +55,55 @@ def open_part(config: DataConfig, path: str | Path, split: str) -> Part:
     folder = Path(path).expanduser() if is_folder(path) else None
     if folder is not None:
         _exists(folder, split)
-    found = _find(config, path, split, wanted)
+    store = open_store(config, path, split)
+    cache = _cache(config, path, split, wanted)
+    found = _find(store, cache, wanted, path)
     if found is None:
         with touched.locked(touched.cache_of(config, path)):
-            found = _find(config, path, split, wanted)  # another process may have built it
+            found = _find(store, cache, wanted, path)  # another process may have built it
             if found is None:
                 _build(config, path, split, wanted)
-                found = _find(config, path, split, wanted)
+                found = _find(store, cache, wanted, path)
     assert found is not None
-    if folder is not None:
-        _check(found, folder / split, config, path)
+    _check(found, folder and folder / split, config)
     return found
 
 
 def renew(config: DataConfig, path: str | Path) -> list[Part]:
-    """Scans all splits of a set again, whatever index they have; the options and reports of makers are kept, and names
-    of classes where labels are numbers."""
-    wanted = Wanted.of(config)
+    """Scans all splits of a set again, whatever index they have. Kept of an old one: the options and report of the
+    maker, the names of classes where labels are numbers, and its fields where the config says auto."""
     with touched.locked(touched.cache_of(config, path)):
-        splits = _splits(config, path)
-        if not splits:
-            raise ValueError(f"{path}: holds no .tar files in train/ or test/; make them with `tandem data make`")
-        old = [_old(config, path, split) for split in splits]
+        splits = splits_of(config, path)
+        old = [_old(open_store(config, path, split)) for split in splits]
+        config = _as_before(config, old)
+        wanted = Wanted.of(config)
         names: list[tuple[str, ...]] = [tuple(map(str, one.get("classes", ()))) for one in old]
-        building.build(
-            [_target(config, path, split, wanted, one) for split, one in zip(splits, old, strict=True)],
-            wanted,
-            names=max(names, key=len),
-        )
+        targets = [_target(config, path, split, wanted, one) for split, one in zip(splits, old, strict=True)]
+        building.build(targets, wanted, names=max(names, key=len))
     if is_folder(path):
         for split in splits:
             (Path(path).expanduser() / split / "index.npz").unlink(missing_ok=True)  # of format 1
     return [open_part(config, path, split) for split in splits]
 
 
+def _as_before(config: DataConfig, old: Sequence[Mapping[str, Any]]) -> DataConfig:
+    readings = [one["reading"] for one in old if isinstance(one.get("reading"), dict)]
+    reading = next((reading for reading in readings if reading != contents.AS_MADE), contents.AS_MADE)
+    return replace(
+        config,
+        image=reading["image"] if config.image == "auto" else config.image,
+        label=reading["label"] if config.label == "auto" else config.label,
+        ignore=config.ignore or tuple(reading["ignore"]),
+    )
+
+
 def _build(config: DataConfig, path: str | Path, split: str, wanted: Wanted) -> None:
     """The index of a split and of its sister, where they have none; classes are those of a split that has one."""
     classes: tuple[str, ...] | None = None
     missing = [split]
-    for other in _splits(config, path, SPLITS):
-        if other != split:
-            found = _find(config, path, other, wanted)
+    for other in SPLITS:
+        if other != split and _holds(open_store(config, path, other)):
+            found = _find(open_store(config, path, other), _cache(config, path, other, wanted), wanted, path)
             if found is None:
                 missing.append(other)
             else:
@@ -108,19 +121,33 @@ def _target(config: DataConfig, path: str | Path, split: str, wanted: Wanted, ol
     )
 
 
-def _splits(config: DataConfig, path: str | Path, names: Sequence[str] | None = None) -> list[str]:
-    """Those that have shards. names: to look for; None: all of a folder, SPLITS of a URL."""
-    if not is_folder(path):
-        return [name for name in names or SPLITS if _shards(open_store(config, path, name))]
-    folder = Path(path).expanduser()
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return [name for name in found if (names is None or name in names) and any((folder / name).glob("*.tar"))]
+def splits_of(config: DataConfig, path: str | Path) -> list[str]:
+    """All that have shards or an index; of a URL, those of SPLITS. ValueError where there are none."""
+    names = list(SPLITS)
+    if is_folder(path):
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"{path}: does not exist; make it with `tandem data make`")
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = [name for name in names if _holds(open_store(config, path, name))]
+    if not found:
+        raise ValueError(f"{path}: holds no split (train/, test/) with .tar files; make it with `tandem data make`")
+    return found
+
+
+def _holds(store: Store) -> bool:
+    """Whether the split has an index or shards."""
+    with contextlib.closing(store):
+        try:
+            return bool(store.file(contents.NAME))
+        except FileNotFoundError:
+            return bool(_shards(store))
 
 
 def _shards(store: Store) -> list[str]:
     try:
         return store.shards()
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a source that has no such split
         return []
 
 
@@ -130,31 +157,30 @@ def _cache(config: DataConfig, path: str | Path, split: str, wanted: Wanted) -> 
     return touched.cache_of(config, path) / choice / split
 
 
-def _old(config: DataConfig, path: str | Path, split: str) -> dict[str, Any]:
+def _old(store: Store) -> dict[str, Any]:
     """What an index of any format says; {} where there is none or it cannot be read."""
     try:
-        found = json.loads(open_store(config, path, split).file(contents.NAME).read_text(encoding="utf-8"))
+        found = json.loads(store.file(contents.NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _find(config: DataConfig, path: str | Path, split: str, wanted: Wanted) -> Part | None:
+def _find(store: Store, cache: Path, wanted: Wanted, path: str | Path) -> Part | None:
     """The index beside the shards if it is of these fields, else the one in the cache; None: there is none."""
-    store = open_store(config, path, split)
     again = f"run `tandem data index {path}`"
     refusal: ValueError | None = None
     try:
         found = contents.read(store.file(contents.NAME), again)
         _agree(found, wanted, store.name, path)
-        return Part(store, store.file, found)
+        return Part(str(path), store, store.file, found)
     except FileNotFoundError:
         pass
     except ValueError as error:
         refusal = error
-    cache = _cache(config, path, split, wanted)
     if (cache / contents.NAME).exists():
-        return Part(store, lambda name: cache / name, contents.read(cache / contents.NAME, again))
+        found = contents.read(cache / contents.NAME, again)
+        return Part(str(path), store, lambda name: cache / name, found, cached=True)
     if refusal:
         raise refusal
     return None
@@ -196,18 +222,20 @@ def _exists(path: Path, split: str) -> None:
         )
 
 
-def _check(part: Part, folder: Path, config: DataConfig, path: str | Path) -> None:
-    """The shards of a folder against their index: missing, cut, changed, too many; and the tables, where that is
-    quick."""
+def _check(part: Part, folder: Path | None, config: DataConfig) -> None:
+    """The shards against their index: missing, cut, changed, too many; and the tables, where that is quick. folder:
+    None for those of a URL, which are compared when they are fetched."""
     shards = part.contents.shards
-    again = f"run `tandem data index {path}`"
-    touched.verify(folder, part.file(contents.NAME).parent, shards, config, again)
-    strange = sorted({file.name for file in folder.glob("*.tar")} - {shard.name for shard in shards})
+    again = f"run `tandem data index {part.path}`"
+    if folder is not None:
+        touched.verify(folder, part.file(contents.NAME).parent, shards, config, again)
+    there = part.store.shards() if folder is not None or part.cached else []
+    strange = sorted(set(there) - {shard.name for shard in shards})
     if strange:
         raise ValueError(
-            f"{folder}: holds {len(strange)} shards that its index does not name, such as {strange[0]}; "
+            f"{part.store.name}: holds {len(strange)} shards that its index does not name, such as {strange[0]}; "
             f"{again}, or take them away"
         )
-    if sum(table_bytes(shard.samples) for shard in shards) <= AT_ONCE:
+    if folder is not None and sum(table_bytes(shard.samples) for shard in shards) <= AT_ONCE:
         for shard in shards:
             part.table(shard)

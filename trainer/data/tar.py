@@ -8,8 +8,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from tarfile import USTAR_FORMAT, TarInfo
+from tarfile import PAX_FORMAT, USTAR_FORMAT, TarInfo
 from typing import Any, NamedTuple
 
 BLOCK = 512
@@ -64,16 +63,15 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", field
 
 
-def scan(path: Path) -> list[Member]:
-    """The members of a tar, in order. Reads headers only. ShardCut where the file ends too early, ValueError where it
-    is no tar or holds what a shard must not."""
+def scan(descriptor: int, where: str) -> list[Member]:
+    """The members of an open tar, in order. Reads headers only. where: its name, for messages. ShardCut where the file
+    ends too early, ValueError where it is no tar or holds what a shard must not."""
     found: list[Member] = []
-    with path.open("rb") as file:
-        descriptor = file.fileno()
-        try:
-            found.extend(members(lambda at, n: os.pread(descriptor, n, at), str(path), total=path.stat().st_size))
-        except ShardCut:
-            raise ShardCut(found) from None
+    total = os.fstat(descriptor).st_size
+    try:
+        found.extend(members(lambda at, length: os.pread(descriptor, length, at), where, total=total))
+    except ShardCut:
+        raise ShardCut(found) from None
     return found
 
 
@@ -268,7 +266,11 @@ def member(name: str, data: bytes) -> bytes:
     info = TarInfo(name)
     info.size = len(data)
     info.mode = 0o644
-    return info.tobuf(USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+    try:
+        header = info.tobuf(USTAR_FORMAT)
+    except ValueError:  # a name that is too long for it
+        header = info.tobuf(PAX_FORMAT)
+    return header + data + bytes(-len(data) % BLOCK)
 
 
 def end(position: int) -> bytes:

@@ -88,7 +88,8 @@ def size_fault(folder: Path, shard: Shard, found: Seen) -> str | None:
 
 def _whole(path: Path) -> str:
     try:
-        return f"{len({member.key for member in tar.scan(path)})} samples"
+        with path.open("rb") as file:
+            return f"{len({member.key for member in tar.scan(file.fileno(), str(path))})} samples"
     except tar.ShardCut as cut:
         return f"about {len({member.key for member in cut.found})} samples"
     except ValueError:
