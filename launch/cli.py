@@ -22,6 +22,7 @@ VERBS = {
     "data make": Verb("tools.shards.make", "main", "make WebDataset shards from a folder of images or a named set"),
     "data index": Verb("tools.shards.index", "main", "index shards of any other maker, or renew the index of a set"),
     "data verify": Verb("tools.shards.check", "main", "verify shards against their index; --deep decodes every image"),
+    "data reshard": Verb("tools.shards.reshard", "main", "cut, shuffle, resize or re-encode shards of any maker anew"),
     "data check": Verb("tools.shards.check", "main", "another name of data verify"),
     "sample": Verb("tools.draw", "sample", "draw a grid of samples from a run"),
     "reconstruct": Verb("tools.draw", "reconstruct", "draw images beside their reconstructions by a run"),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from tools.shards import named
 from tools.shards.encode import SMALL, Encoded, encode
 from tools.shards.pack import Bar, LeftOut, Packed, Plan, complete, pack
 from trainer.data import convert
@@ -29,7 +30,6 @@ DECISIVE = (
     "shuffle", "seed",
 )  # fmt: skip
 """Options that the bytes of the shards depend on."""
-SHOWN = 10  # names of left-out images on the terminal; the index names all
 
 
 class Found(NamedTuple):
@@ -249,12 +249,7 @@ def make(
 
 
 def _summary(report: dict[str, Any]) -> Iterator[str]:
-    for what, count in sorted(report["converted"].items()):
-        yield f"{count:,} images {what}"
-    for name, why in report["left_out"][:SHOWN]:
-        yield f"left out: {name}: {why}"
-    if len(report["left_out"]) > SHOWN:
-        yield f"left out: {len(report['left_out']) - SHOWN:,} more, named in index.json"
+    yield from named.told(report)
     for key, text in (
         ("hidden", "hidden files and folders"),
         ("links", "links that leave the folder or lead to folders"),

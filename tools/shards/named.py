@@ -1,12 +1,13 @@
 """What the named sets share: the options that decide their bytes, and the way from a plan to a finished set."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tools.shards.pack import Bar, Item, LeftOut, Packed, Plan, complete, pack
 
 SHARED = ("size", "format", "val_fraction", "shard_size", "shuffle", "seed")
+SHOWN = 10  # names of left-out images on the terminal; the index names all
 
 
 def settings(options: argparse.Namespace, *own: str) -> dict[str, Any]:
@@ -31,13 +32,30 @@ def finish(
     what: str,
     bar: Bar,
     say: Callable[[str], int],
+    max_bad: float = 0.0,
 ) -> int:
-    """Packs the plan, and says what was made; a bad image is an error, since the source was checked."""
+    """Packs the plan, and says what was made. max_bad: share of images that may be left out; none of a source that was
+    checked."""
     with bar(sum(map(len, plan.splits.values()))) as advance:
-        pack(
-            options.dest, plan, encode, shard_bytes=options.shard_size, workers=options.workers, max_bad=0.0,
+        report = pack(
+            options.dest, plan, encode, shard_bytes=options.shard_size, workers=options.workers, max_bad=max_bad,
             advance=advance,
         )  # fmt: skip
+    for line in told(report):
+        say(line)
     total = " and ".join(f"{len(items):,} {split}" for split, items in plan.splits.items())
     say(f"{options.dest}: packed {total} {what}; {len(plan.classes)} classes")
-    return say(f"source: {plan.notes['source']}; licence: {plan.notes['licence']}")
+    for name in ("source", "licence"):
+        if name in plan.notes:
+            say(f"{name}: {plan.notes[name]}")
+    return 0
+
+
+def told(report: Mapping[str, Any]) -> Iterator[str]:
+    """What was done to the images, and the first that were left out."""
+    for what, count in sorted(report["converted"].items()):
+        yield f"{count:,} images {what}"
+    for name, why in report["left_out"][:SHOWN]:
+        yield f"left out: {name}: {why}"
+    if len(report["left_out"]) > SHOWN:
+        yield f"left out: {len(report['left_out']) - SHOWN:,} more, named in index.json"
