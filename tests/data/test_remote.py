@@ -1,5 +1,6 @@
 """Shards behind a URL, from a real server that misbehaves: fetched whole, verified, or named."""
 
+import base64
 import hashlib
 import json
 import logging
@@ -246,8 +247,8 @@ def test_a_server_that_lies_about_the_length_is_asked_again(server: Server, stor
     ("status", "words"),
     [
         (404, r"is missing \(3 samples, 200,000 bytes\); copy it again"),
-        (401, r"is refused \(401 Unauthorized\); give credentials to fsspec"),
-        (403, r"is refused \(403 Forbidden\); give credentials to fsspec"),
+        (401, r"is refused, or not there \(401 Unauthorized\); credentials are given to fsspec"),
+        (403, r"is refused, or not there \(403 Forbidden\); credentials are given to fsspec"),
         (400, r"cannot be had, the server answered 400 Bad Request"),
     ],
 )
@@ -287,6 +288,13 @@ def test_credentials_come_from_fsspec_and_are_in_no_message(
         server.faults = [Fault(on="train/0.tar", redirect=signed, times=99), fault]
         refused()
     assert SECRET not in " ".join(said) + caplog.text
+
+
+def test_credentials_come_from_netrc(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {SECRET}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server.authorization = "Basic " + base64.b64encode(f"user:{SECRET}".encode()).decode()
+    assert read(opened(server.url, tmp_path).open(SHARDS[0])) == content(0)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +423,7 @@ def test_what_fails_ahead_is_raised_when_the_shard_is_opened(server: Server, tmp
     store = opened(server.url, tmp_path, ahead=1)
     store.prepare(SHARDS[:2])
     until(lambda: any(name.startswith("1.") and name.endswith("tar") for name in cached(tmp_path)))
-    with pytest.raises(ValueError, match=r"0\.tar: is refused \(403"):
+    with pytest.raises(ValueError, match=r"0\.tar: is refused, or not there \(403"):
         store.open(SHARDS[0])
     assert read(store.open(SHARDS[0])) == content(0)  # the server has thought better of it
     store.close()

@@ -103,7 +103,7 @@ class Cache:
         self.limit = limit
 
     def path(self, name: str, sha256: str) -> Path:
-        if Path(name).name != name or name.startswith("."):
+        if not name or Path(name).name != name or name.startswith("."):
             raise ValueError(f"{name!r} is no name of a shard; make the index again with `tandem data index`")
         return self.folder / f"{Path(name).stem}.{sha256[:16]}{Path(name).suffix}"
 
@@ -113,6 +113,8 @@ class Cache:
             found = OpenShard(name, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
+        except (NotADirectoryError, PermissionError) as error:
+            raise _unwritable(self.root, error) from None
         lock(found.fd, fcntl.LOCK_SH, self.root)
         if found.bytes != size:  # somebody cut it
             path.unlink(missing_ok=True)
@@ -228,9 +230,13 @@ def explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Unwritable(
-            f"data.remote.cache: {folder} cannot be written ({error.strerror}); name another folder or free its disk"
-        ) from None
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> Unwritable:
+    return Unwritable(
+        f"data.remote.cache: {folder} cannot be used ({error.strerror}); name another folder, or free its disk"
+    )
 
 
 def _is(path: Path, file: int) -> bool:

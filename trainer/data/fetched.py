@@ -157,7 +157,10 @@ class Fetched:
             digest = part.sha256() if shard.sha256 else ""
             if digest == shard.sha256:
                 return None
-            problem = f"has the sha256 {digest[:16]}..., its index says {shard.sha256[:16]}..."
+            if part.bytes != shard.bytes:
+                problem = f"has {part.bytes:,} bytes, its index says {shard.bytes:,}"
+            else:
+                problem = f"has the sha256 {digest[:16]}..., its index says {shard.sha256[:16]}..."
         except Changed as found:
             problem = str(found)
         part.restart()

@@ -24,7 +24,9 @@ _PACKAGES = {
     "http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs",
     "abfs": "adlfs", "abfss": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko", "ssh": "paramiko",
 }  # fmt: skip
-_GIVEN = "give credentials to fsspec in its own ways (~/.config/fsspec/*.json, FSSPEC_ variables, ~/.netrc, ~/.aws ...)"
+_GIVEN = (
+    "credentials are given to fsspec in its own ways (~/.config/fsspec/*.json, FSSPEC_ variables, ~/.netrc, ~/.aws)"
+)
 _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")  # RFC 9110, 14.4
 _PASSING = (408, 425, 429)  # statuses that may pass, and 5xx
 
@@ -40,11 +42,10 @@ def refuse_secrets(url: str) -> None:
     parts = urlsplit(url)
     user, at, _ = parts.netloc.rpartition("@")
     if at and (":" in user or parts.scheme in ("http", "https")):
-        raise ValueError(f"data.path: {redacted(url)} has a user or password in it; take it out and {_GIVEN}")
+        raise ValueError(f"data.path: {redacted(url)} has a user or password in it; take it out: {_GIVEN}")
     if "?" in url or "#" in url:
         raise ValueError(
-            f"data.path: {redacted(url)} has a query (what follows ? or #), which a folder has not; take it out, and "
-            f"if it is a signature or token: {_GIVEN}"
+            f"data.path: {redacted(url)} has a query (after ? or #), which a folder has not; take it out; {_GIVEN}"
         )
 
 
@@ -218,7 +219,7 @@ def _explained(where: str, error: Exception) -> Exception:
     if isinstance(status, int) and status >= HTTPStatus.BAD_REQUEST:
         return _by_status(where, status, getattr(error, "pause", 0.0))
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-        return ValueError(f"{where}: is refused ({_words(error)}); {_GIVEN}")
+        return ValueError(f"{where}: is refused, or not there ({_words(error)}); {_GIVEN}")
     if isinstance(error, (ValueError, TypeError, AttributeError, ImportError)):
         return ValueError(f"{where}: cannot be asked for ({_words(error)})")
     return TryAgain(f"failed ({_words(error)})")
@@ -229,7 +230,7 @@ def _by_status(where: str, status: int, pause: float) -> Exception:
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
         return FileNotFoundError(f"{where}: is not there")
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED):
-        return ValueError(f"{where}: is refused ({said}); {_GIVEN}")
+        return ValueError(f"{where}: is refused, or not there ({said}); {_GIVEN}")
     if status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return TryAgain(f"answered {said}", pause=pause)
     return ValueError(f"{where}: cannot be had, the server answered {said}")
@@ -244,7 +245,11 @@ def _words(error: Exception) -> str:
 
 
 def _run(loop: asyncio.AbstractEventLoop, request: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run_coroutine_threadsafe(request, loop).result()
+    result = asyncio.run_coroutine_threadsafe(request, loop)
+    try:
+        return result.result()
+    finally:
+        result.cancel()  # a consumer that was interrupted; else it is done
 
 
 def _within(timeout: float, request: Callable[[], T]) -> T:
