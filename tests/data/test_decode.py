@@ -13,7 +13,8 @@ from PIL import Image
 
 from trainer.data import convert
 from trainer.data.convert import Undecodable
-from trainer.data.decode import decode, label, shape
+from trainer.data.decode import decode, label, orientation, shape
+from trainer.data.images import Images
 
 LIMIT = 1 << 20
 RAMP = (np.arange(256) * 257).astype(np.uint16)[None].repeat(4, 0)
@@ -229,6 +230,51 @@ def test_a_photograph_stands_as_its_tag_says(orientation: int, size: tuple[int, 
     assert careful(data).notes == ((convert.TURNED,) if orientation > 1 else ())
 
 
+def tiff(order: str, *entries: tuple[int, int, int, int], count: int | None = None) -> bytes:
+    """The body of an EXIF segment: one directory of (tag, type, number of values, value)."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    rows = b"".join(struct.pack(f"{order}HHIHH", tag, kind, n, value, 0) for tag, kind, n, value in entries)
+    return mark + struct.pack(f"{order}IH", 8, len(entries) if count is None else count) + rows + bytes(4)
+
+
+def with_segments(*segments: tuple[int, bytes]) -> bytes:
+    """A JPEG with these (marker, body) before its own segments."""
+    plain = saved(Image.fromarray(noise(20, 40)), "JPEG")
+    extra = b"".join(struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments)
+    return plain[:2] + extra + plain[2:]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    "before",
+    [(), ((0xE0, b"JFXX\0\0"),), ((0xE2, b"ICC" + bytes(60_000)), (0xFE, b"a comment with Exif\0\0II*\0 inside"))],
+)
+def test_the_tag_is_found_behind_other_segments_as_pillow_finds_it(
+    order: str, before: tuple[tuple[int, bytes], ...]
+) -> None:
+    for value in range(1, 9):
+        body = tiff(order, (271, 3, 1, 7), (274, 3, 1, value), (282, 3, 1, 1))
+        data = with_segments(*before, (0xE1, b"Exif\0\0" + body))
+        assert orientation(data) == value == convert.orientation(data)
+    assert orientation(with_segments(*before)) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"XX*\0" + bytes(20), tiff("<", (271, 3, 1, 7)), tiff("<", (274, 3, 1, 9)), tiff("<", (274, 2, 1, 6)),
+        tiff("<", (271, 3, 1, 7), count=9), b"II*\0\xff\xff\xff\xff",
+    ],
+)  # fmt: skip
+def test_a_tag_that_says_nothing_sensible_is_none(body: bytes) -> None:
+    data = with_segments((0xE1, b"Exif\0\0" + body))
+    try:
+        assert orientation(data) == 1
+        assert decode(data, "jpg", channels=3, max_pixels=LIMIT).shape == (20, 40, 3)
+    except Undecodable as error:
+        assert "cannot be read" in str(error)
+
+
 # ------------------------------------------------------------------ F1-5: damage and bombs
 JPEG = saved(Image.fromarray(noise(64, 64)), "JPEG", quality=95)
 PNG = saved(Image.fromarray(noise(64, 64)), "PNG")
@@ -337,6 +383,111 @@ def test_damaged_bytes_give_pixels_or_a_reason_and_nothing_else(form: str, mode:
                 assert found.dtype == np.uint8
                 assert found.shape[0] * found.shape[1] <= 24 * 20
     assert reasons > 5
+
+
+# ------------------------------------------------------------------ rows of a batch
+def into_row(data: bytes, kind: str, shape: tuple[int, int, int], limit: int | None = None) -> np.ndarray:
+    """What a row of a batch holds after decoding."""
+    batch = np.full((3, *shape), 77, np.uint8)
+    Images(shape, background=(9, 8, 7), limit=limit).decode(data, kind, batch[1])
+    assert (batch[0] == 77).all()
+    assert (batch[2] == 77).all()
+    return batch[1]
+
+
+def wild() -> dict[str, tuple[bytes, str]]:
+    """Files of 20 x 40 (and some others), common, unusual and damaged."""
+    colour, grey = Image.fromarray(noise(20, 40)), Image.fromarray(noise(20, 40, 1)[..., 0])
+    whole = {
+        "jpeg": (saved(colour, "JPEG", quality=90), "jpg"),
+        "grey jpeg": (saved(grey, "JPEG"), "jpeg"),
+        "progressive": (saved(colour, "JPEG", progressive=True), "jpg"),
+        "inks": (saved(colour.convert("CMYK"), "JPEG"), "jpg"),
+        **{f"turned {n}": (corner(n), "jpg") for n in (1, 3, 6)},
+        "png": (saved(colour, "PNG"), "png"),
+        "grey png": (saved(grey, "PNG"), "png"),
+        "deep png": (saved(Image.fromarray(RAMP[:, :40].repeat(5, 0)), "PNG"), "png"),
+        "palette": (saved(colour.convert("P"), "PNG"), "png"),
+        "alpha": (saved(colour.convert("RGBA"), "PNG"), "png"),
+        "one bit": (saved(grey.convert("1"), "PNG"), "png"),
+        "one transparent value": (saved(grey, "PNG", transparency=3), "png"),
+        "described png": (saved(colour, "PNG", dpi=(72, 72)), "png"),
+        "webp": (saved(colour, "WEBP", lossless=True), "webp"),
+        "npy": (dumped(noise(20, 40)), "npy"),
+        "grey npy": (dumped(noise(20, 40, 1)[..., 0]), "npy"),
+        "a png named jpg": (saved(colour, "PNG"), "jpg"),
+        "a jpeg named png": (saved(colour, "JPEG"), "png"),
+        "smaller": (saved(colour.resize((10, 5)), "PNG"), "png"),
+        "larger": (saved(colour.resize((80, 40)), "JPEG"), "jpg"),
+    }
+    hurt = {f"{name}, cut": (data[: len(data) * 2 // 3], kind) for name, (data, kind) in whole.items()}
+    flipped = {}
+    for name, (data, kind) in whole.items():
+        changed = bytearray(data)
+        changed[len(data) * 3 // 5] ^= 0x55
+        flipped[f"{name}, changed"] = (bytes(changed), kind)
+    return {**whole, **hurt, **flipped, "empty": (b"", "png"), "text": (b"no image", "jpg"), "zip": (b"PK", "zip")}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_row_holds_what_decoding_gives_or_the_sample_is_bad_for_the_same_files(channels: int) -> None:
+    good = 0
+    for name, (data, kind) in wild().items():
+        try:
+            expected = decode(data, kind, channels=channels, max_pixels=800, background=(9, 8, 7))
+        except Undecodable:
+            expected = None
+        if expected is None or expected.shape != (20, 40, channels):
+            with pytest.raises(Undecodable):
+                into_row(data, kind, (20, 40, channels))
+        else:
+            good += 1
+            assert np.array_equal(into_row(data, kind, (20, 40, channels)), expected), name
+    assert good >= (6 if channels == 1 else 16)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_other_sizes_are_scaled_into_the_row_where_that_is_asked_for(channels: int) -> None:
+    good = 0
+    for name, (data, kind) in wild().items():
+        try:
+            whole = decode(data, kind, channels=channels, max_pixels=LIMIT, background=(9, 8, 7))
+        except Undecodable:
+            with pytest.raises(Undecodable):
+                into_row(data, kind, (16, 16, channels), limit=LIMIT)
+        else:
+            good += 1
+            assert np.array_equal(
+                into_row(data, kind, (16, 16, channels), limit=LIMIT), convert.resize(whole, (16, 16))
+            ), name
+    assert good >= (7 if channels == 1 else 20)
+    with pytest.raises(Undecodable, match="20 x 40 pixels, at most 799"):
+        into_row(PNG_20_40, "png", (16, 16, 3), limit=799)
+
+
+PNG_20_40 = saved(Image.fromarray(noise(20, 40)), "PNG")
+
+
+def test_a_large_jpeg_is_scaled_as_it_is_decoded_and_looks_the_same() -> None:
+    small = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    image = Image.fromarray(small).resize((1200, 900), Image.Resampling.BICUBIC)
+    data = saved(image, "JPEG", quality=95)
+    found = into_row(data, "jpg", (48, 64, 3), limit=1200 * 900)
+    expected = convert.resize(decode(data, "jpg", channels=3, max_pixels=1200 * 900), (48, 64))
+    assert np.abs(found.astype(int) - expected).max() <= 3
+    with pytest.raises(Undecodable, match="900 x 1200 pixels"):
+        into_row(data, "jpg", (48, 64, 3), limit=1200 * 900 - 1)
+
+
+def test_decoders_say_nothing_of_damaged_files_themselves(capfd: pytest.CaptureFixture[str]) -> None:
+    for data, kind in wild().values():
+        for limit in (None, LIMIT):
+            try:
+                into_row(data, kind, (20, 40, 3), limit)
+            except Undecodable:
+                continue
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
 
 
 # ------------------------------------------------------------------ npy, cls, json

@@ -32,18 +32,6 @@ class Filled(NamedTuple):
     """(n,)."""
 
 
-class _Plan(NamedTuple):
-    """Samples in the order of the bytes on the disk, and the rows of the batch that they go to."""
-
-    sample: NDArray[np.int64]
-    shard: NDArray[np.int64]
-    row: Rows
-    place: NDArray[np.int64]
-
-    def part(self, which: NDArray[np.int64]) -> "_Plan":
-        return _Plan(self.sample[which], self.shard[which], self.row[which], self.place[which])
-
-
 class Fill:
     """`fill(samples, out)` decodes samples into the rows of `out`. Threads may share it."""
 
@@ -59,115 +47,136 @@ class Fill:
         ValueError and OSError name the shard, and the key where it is known. Stopped: `stop` was set meanwhile.
         """
         real = self._quarantine.stand_ins(samples)
-        place = np.argsort(real, kind="stable")
-        found = real[place]
-        plan = _Plan(found, self._index.shard_of(found), self._index.rows(found), place)
         label = np.empty(len(real), np.int64)
-        label[place] = plan.row["label"]
-        if self._plain[plan.row["field"]].any():
-            plan = plan.part(self._copy(plan, out))
-        for at in self._decode(plan, out, stop):
-            real[at], label[at] = self._stand_in(int(real[at]), out[at])
+        order = real.argsort(kind="stable")  # that of the bytes on the disk
+        found = real[order]
+        shards = self._index.shard_of(found)
+        bounds = [0, *((shards[1:] != shards[:-1]).nonzero()[0] + 1).tolist(), len(found)]
+        for first, last in itertools.pairwise(bounds):
+            opened = self._open(int(shards[first]))
+            number, place = found[first:last] - opened.start, order[first:last]
+            label[place] = opened.table["label"][number]
+            number, place = self._copy(opened, number, place, out)
+            for at in self._decode(opened, number, place, out, stop):
+                real[at], label[at] = self._stand_in(int(real[at]), out[at : at + 1])
         return Filled(real, label)
 
     def close(self) -> None:
         """Lets go of the open shards."""
         self._open.close()
 
-    def _decode(self, plan: _Plan, out: Row, stop: threading.Event | None) -> list[int]:
-        """Reads and decodes one by one; returns the rows of bad samples. Here goes the time of a stream: plain lists,
-        and as few calls a sample as can be."""
+    def _stand_in(self, sample: int, out: Row) -> tuple[int, int]:
+        """Decodes the next good sample after a bad one into the only row of `out`; returns its number and label."""
+        while True:
+            sample = self._quarantine.stand_in(sample)
+            opened = self._open(int(self._index.shard_of(np.array([sample], np.int64))[0]))
+            number = np.array([sample - opened.start], np.int64)
+            if not self._decode(opened, number, np.zeros(1, np.int64), out, None):
+                return sample, int(opened.table["label"][number[0]])
+
+    def _decode(
+        self,
+        opened: Opened,
+        number: NDArray[np.int64],
+        place: NDArray[np.int64],
+        out: Row,
+        stop: threading.Event | None,
+    ) -> list[int]:
+        """Reads and decodes samples of a shard one by one; returns the places of the bad ones. Here goes the time of a
+        stream: plain lists, and as few calls a sample as can be."""
+        if not len(number):
+            return []
+        rows = opened.table[number]
         decode, kinds = self._modality.decode, self._kinds
-        offset, size, field = (plan.row[name].tolist() for name in ("offset", "size", "field"))
-        sample, shard, place = plan.sample.tolist(), plan.shard.tolist(), plan.place.tolist()
+        offset, size, field = rows["offset"].tolist(), rows["size"].tolist(), rows["field"].tolist()
+        places = place.tolist()
         bad: list[int] = []
-        opened: Opened | None = None
         first = 0
-        for last in _ends(plan):
+        for last in _ends(rows):
             if stop is not None and stop.is_set():
                 raise Stopped
-            if opened is None or opened.number != shard[first]:
-                opened = self._open(shard[first])
             begin = offset[first]
-            chunk = self._read(opened, begin, offset[last - 1] + size[last - 1] - begin, sample[first])
+            chunk = self._read(opened, begin, offset[last - 1] + size[last - 1] - begin, int(number[first]))
             for i in range(first, last):
                 at = offset[i] - begin
                 data = chunk if last - first == 1 else chunk[at : at + size[i]]
                 try:
-                    decode(data, kinds[field[i]], out[place[i]])
+                    decode(data, kinds[field[i]], out[places[i]])
                 except Undecodable as error:
-                    self._quarantine.add(sample[i], str(error))
-                    bad.append(place[i])
+                    self._quarantine.add(opened.start + int(number[i]), str(error))
+                    bad.append(places[i])
                 except Exception as error:
-                    raise RuntimeError(f"{self._index.where(sample[i])}: {error or type(error).__name__}") from error
+                    what = f"{self._where(opened, int(number[i]))}: {error or type(error).__name__}"
+                    raise RuntimeError(what) from error
             first = last
         return bad
 
-    def _stand_in(self, sample: int, row: Row) -> tuple[int, int]:
-        """Decodes the next good sample after a bad one; returns its number and its label."""
-        while True:
-            sample = self._quarantine.stand_in(sample)
-            number = np.array([sample], np.int64)
-            plan = _Plan(number, self._index.shard_of(number), self._index.rows(number), np.zeros(1, np.int64))
-            if not self._decode(plan, row[None], None):
-                return sample, int(plan.row["label"][0])
-
-    def _read(self, opened: Opened, offset: int, size: int, sample: int) -> bytes:
-        try:
-            data = os.pread(opened.fd, size, offset)
-        except OSError as error:
-            raise OSError(f"{self._index.where(sample)}: {error}") from error
-        if len(data) != size:
-            raise self._cut(sample)
-        return data
-
-    def _cut(self, sample: int) -> ValueError:
-        return ValueError(f"{self._index.where(sample)}: the shard was cut short while it was read; copy it again")
-
-    def _copy(self, plan: _Plan, out: Row) -> NDArray[np.int64]:
-        """Copies samples whose rows lie in the shards as they are, all of a shard at once, out of its mapping; returns
-        which are left."""
+    def _copy(
+        self, opened: Opened, number: NDArray[np.int64], place: NDArray[np.int64], out: Row
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Copies samples whose rows lie in the shard as they are, all at once, out of its mapping; returns which are
+        left: their numbers in the shard and their places."""
+        layout = self._layout(opened)
+        if layout is None:
+            return number, place
+        if not opened.whole():
+            raise self._cut(opened, int(number[0]))
         rows = out.view(np.uint8).reshape(len(out), -1)
-        done = np.zeros(len(plan.row), bool)
-        bounds = [0, *(np.flatnonzero(plan.shard[1:] != plan.shard[:-1]) + 1).tolist(), len(done)]
-        for first, last in itertools.pairwise(bounds):
-            part = plan.row[first:last]
-            plain = np.flatnonzero(self._plain[part["field"]])
-            if not len(plain):
-                continue
-            opened = self._open(int(plan.shard[first]))
-            layout = self._layout(opened, part[plain[0]], int(plan.sample[first + plain[0]]))
-            if layout is None:
-                continue
-            if not opened.whole():
-                raise self._cut(int(plan.sample[first]))
-            same = (part["size"] == layout.size) & (part["field"] == layout.field) & (part["offset"] % tar.BLOCK == 0)
-            which = first + np.flatnonzero(same)
-            step = max(1, GATHERED // layout.size)
-            for some in (which[i : i + step] for i in range(0, len(which), step)):
-                members = layout.members[plan.row["offset"][some] // tar.BLOCK]
-                equal = (members[:, : len(layout.header)] == layout.header).all(axis=1)
-                done[some] = equal
-                if not equal.all():
-                    members, some = members[equal], some[equal]  # noqa: PLW2901
-                rows[plan.place[some]] = members[:, len(layout.header) :]
-        return np.flatnonzero(~done)
+        left = []
+        step = max(1, GATHERED // layout.size)
+        for i in range(0, len(number), step):
+            block, to = layout.block[number[i : i + step]], place[i : i + step]
+            members = layout.members[block]
+            equal = (members[:, : len(layout.header)] == layout.header).all(axis=1)
+            if not (equal.all() and block.all()):
+                equal &= block > 0
+                left.append(i + (~equal).nonzero()[0])
+                members, to = members[equal], to[equal]
+            rows[to] = members[:, len(layout.header) :]
+        some = np.concatenate(left) if left else np.empty(0, np.int64)
+        return number[some], place[some]
 
-    def _layout(self, opened: Opened, row: np.void, sample: int) -> Layout | None:
-        """How the rows of a shard lie in it, judged by the first sample that is asked for; None where they do not."""
+    def _layout(self, opened: Opened) -> Layout | None:
+        """How the rows of a shard lie in it, judged by its first sample of a kind that may be plain; None where they do
+        not."""
         if not opened.looked:
-            data = self._read(opened, int(row["offset"]), int(row["size"]), sample)
-            header = self._modality.plain(data, self._kinds[row["field"]])
-            if header is not None:
-                start = np.frombuffer(data[:header], np.uint8)
-                opened.layout = Layout(int(row["field"]), len(data), start, opened.map(len(data)))
+            table = opened.table
+            may = self._plain[table["field"]].nonzero()[0]
+            if len(may):
+                first = table[may[0]]
+                data = self._read(opened, int(first["offset"]), int(first["size"]), int(may[0]))
+                header = self._modality.plain(data, self._kinds[first["field"]])
+                if header is not None:
+                    opened.layout = _lay_out(opened, first, np.frombuffer(data[:header], np.uint8))
             opened.looked = True
         return opened.layout
 
+    def _read(self, opened: Opened, offset: int, size: int, number: int) -> bytes:
+        try:
+            data = os.pread(opened.fd, size, offset)
+        except OSError as error:
+            raise OSError(f"{self._where(opened, number)}: {error}") from error
+        if len(data) != size:
+            raise self._cut(opened, number)
+        return data
 
-def _ends(plan: _Plan) -> list[int]:
-    """Where each read ends: samples that all but touch each other come with one."""
-    offset, shard = plan.row["offset"], plan.shard
-    gap = offset[1:] - (offset[:-1] + plan.row["size"][:-1])
-    apart = (shard[1:] != shard[:-1]) | (gap < 0) | (gap > GAP) | (offset[1:] >> REACH != offset[:-1] >> REACH)
-    return [*(np.flatnonzero(apart) + 1).tolist(), len(offset)] if len(offset) else []
+    def _cut(self, opened: Opened, number: int) -> ValueError:
+        return ValueError(f"{self._where(opened, number)}: the shard was cut short while it was read; copy it again")
+
+    def _where(self, opened: Opened, number: int) -> str:
+        return self._index.where(opened.start + number)
+
+
+def _lay_out(opened: Opened, first: np.void, header: NDArray[np.uint8]) -> Layout:
+    table = opened.table
+    size = int(first["size"])
+    alike = (table["size"] == size) & (table["field"] == first["field"]) & (table["offset"] % tar.BLOCK == 0)
+    return Layout(size, header, opened.map(size), np.where(alike, table["offset"] // tar.BLOCK, 0))
+
+
+def _ends(rows: Rows) -> list[int]:
+    """Where each read ends: samples of a shard that all but touch each other come with one."""
+    offset = rows["offset"]
+    gap = offset[1:] - (offset[:-1] + rows["size"][:-1])
+    apart = (gap < 0) | (gap > GAP) | (offset[1:] >> REACH != offset[:-1] >> REACH)
+    return [*(apart.nonzero()[0] + 1).tolist(), len(rows)]

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from trainer.data import tar
 from trainer.data.index import Index
 from trainer.data.store import OpenShard
-from trainer.data.table import Shard
 
 KEPT = 64
 """Shards of a split that are open at a time; each takes two descriptors where it is mapped."""
@@ -22,24 +21,29 @@ KEPT = 64
 class Layout(NamedTuple):
     """Of the samples of a shard whose rows lie in it as they lie in memory."""
 
-    field: int
     size: int
     """Bytes of a member."""
     header: NDArray[np.uint8]
     """What each begins with."""
     members: NDArray[np.uint8]
     """(blocks, size): what begins at each block of the tar; the rows overlap."""
+    block: NDArray[np.int64]
+    """(samples of the shard,): at which block each begins; 0 for those that are not of this layout."""
 
 
 class Opened:
     """An open shard. Threads may share it."""
 
-    def __init__(self, number: int, shard: Shard, file: OpenShard) -> None:
-        self.number, self.file, self.fd = number, file, file.fd
+    def __init__(self, index: Index, number: int, file: OpenShard) -> None:
+        self.table = index.table(number)
+        self.start = int(index.starts[number])
+        """Number of its first sample in the split."""
         self.layout: Layout | None = None
         self.looked = False
         """Whether somebody has looked for a layout."""
-        self._bytes = shard.bytes
+        self.fd = file.fd
+        self._file = file  # closes with its last reference
+        self._bytes = index.shards[number].bytes
 
     def whole(self) -> bool:
         """Whether the file is still as long as it was: a mapping that reaches beyond its end would end the process."""
@@ -68,10 +72,8 @@ class OpenShards:
             if found is not None:
                 self._kept.move_to_end(number)
                 return found
-        shard = self._index.shards[number]
-        found = Opened(
-            number, shard, self._index.store(number).open(shard)
-        )  # outside the lock: it may wait for a network
+        file = self._index.store(number).open(self._index.shards[number])  # no lock: it may wait for a network
+        found = Opened(self._index, number, file)
         with self._lock:
             found = self._kept.setdefault(number, found)
             while len(self._kept) > KEPT:
