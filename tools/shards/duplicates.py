@@ -20,6 +20,8 @@ LEVELS = 8.0
 """Root of the mean squared difference of their thumbnails, up to which two images count as near."""
 CROWD = 1_024
 """Neighbours in a table that a hash is compared with."""
+ALIKE = 16
+"""Equal hashes of which all are compared with others."""
 MOST = 1_000_000
 """Pairs that are kept."""
 
@@ -65,24 +67,26 @@ class Pairs(NamedTuple):
 
 
 def near_pairs(hashes: NDArray[np.uint64]) -> Pairs:
-    """Pairs of hashes that differ in at most BITS bits, the nearest first. Of n equal ones n - 1 pairs: each with the
-    first. The time of 35 sorts: 1e6 hashes take seconds."""
+    """Pairs of hashes that differ in at most BITS bits, the nearest first. Of more than ALIKE equal ones the others are
+    paired with the first alone. The time of 35 sorts: 1e6 hashes take seconds."""
     order = np.argsort(hashes, kind="stable")
-    values, starts = np.unique(hashes[order], return_index=True)
-    leader = order[starts]  # the first of each group of equal ones, as the sort is stable
-    rest = np.delete(order, starts)
-    equal = np.stack([leader[np.searchsorted(values, hashes[rest])], rest])
-    close, whole = _close(values)
-    near = leader[close]
-    found = np.sort(np.concatenate([equal, near], axis=1), axis=0)
+    place = np.arange(len(order))
+    begin = np.flatnonzero(np.diff(hashes[order], prepend=~hashes[order[:1]]))  # of equal ones
+    rank = place - np.repeat(begin, np.diff(begin, append=len(order)))
+    kept = order[rank < ALIKE]
+    rest = place[rank >= ALIKE]
+    equal = np.stack([order[rest - rank[rest]], order[rest]])
+    close, whole = _close(hashes[kept])
+    found = np.sort(np.concatenate([equal, kept[close]], axis=1), axis=0)
     bits = _popcount(hashes[found[0]] ^ hashes[found[1]])
-    rank = np.lexsort((found[1], found[0], bits))[:MOST]
-    return Pairs(found[0, rank], found[1, rank], bits[rank], whole and found.shape[1] <= MOST)
+    nearest = np.lexsort((found[1], found[0], bits))[:MOST]
+    return Pairs(
+        found[0, nearest], found[1, nearest], bits[nearest], whole and not len(rest) and found.shape[1] <= MOST
+    )
 
 
 def _close(values: NDArray[np.uint64]) -> tuple[NDArray[np.int64], bool]:
-    """(2, m) places in `values` (sorted, all different) of those that differ in 1 to BITS bits; and whether these are
-    all."""
+    """(2, m) places in `values` (sorted) of those that differ in at most BITS bits; and whether these are all."""
     edges = np.linspace(0, 64, BLOCKS + 1).astype(np.uint64)
     masks = [_ones(high) ^ _ones(low) for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
     found, whole, count = [np.empty(0, np.int64)], True, len(values)

@@ -55,8 +55,10 @@ def _table(title: str, pairs: Iterator[tuple[str, str]]) -> Table:
     table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False, box=box.SIMPLE_HEAD)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
+    before = ""
     for key, text in pairs:
-        table.add_row(Text(key), Text(text))
+        table.add_row(Text("" if key == before else key), Text(text))
+        before = key
     return table
 
 
@@ -152,8 +154,8 @@ def _frames(found: Figures, images: int) -> str:
     ground = f"; {found['plain_ground'] / images:.1%} on a plain ground" if found["plain_ground"] else ""
     if not found["images"]:
         return f"none{ground}"
-    sides = ", ".join(f"{side} {_spread(pixels)}" for side, pixels in found["pixels"].items())
-    return f"{found['images'] / images:.1%} of the images, pixels: {sides}{ground}"
+    sides = ", ".join(f"{side} {pixels['median']:,}" for side, pixels in found["pixels"].items())
+    return f"{found['images'] / images:.1%} of the images; {sides} pixels (median){ground}"
 
 
 def _grids(found: Mapping[str, float] | None) -> str:
@@ -171,19 +173,18 @@ def _cause(period: str, depth: float) -> str:
 def copy_rows(found: Figures) -> Iterator[tuple[str, str]]:
     exact, near = found["exact"], found["near"]
     yield "exact", f"{exact['copies']:,} copies of {exact['groups']:,} images" if exact["groups"] else "none"
-    yield from (("", " = ".join(map(_one, group))) for group in exact["named"])
+    yield from (("exact", " = ".join(map(_one, group))) for group in exact["named"])
     least = "" if near["complete"] else f", of the {near['compared']:,} likeliest of {near['candidates']:,} pairs"
     yield "near", f"{near['pairs']:,} pairs{least}" if near["pairs"] or least else "none"
     yield from (
-        ("", f"{' ~ '.join(map(_one, pair['samples']))} ({pair['difference']:.1f} levels)") for pair in near["named"]
+        ("near", f"{' ~ '.join(map(_one, pair['samples']))}, {pair['difference']:.1f} levels") for pair in near["named"]
     )
 
 
 def _one(found: Figures) -> str:
-    """train 1234 (shard: key)"""
-    shard, _, key = found["where"].rpartition("/")[2].partition(": ")
-    title = f", {found['class']}" if found["class"] else ""
-    return f"{found['split']} {found['sample']:,} ({shard}: {key}{title})"
+    """train/train-00000.tar: 00017 (Coat)"""
+    title = f" ({found['class']})" if found["class"] else ""
+    return f"{found['split']}/{found['where'].rpartition('/')[2]}{title}"
 
 
 def _spread(found: Figures) -> str:

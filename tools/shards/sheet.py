@@ -82,6 +82,18 @@ def fit(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return np.asarray(small).reshape(height, width, -1)
 
 
+def beside(left: NDArray[np.uint8], right: NDArray[np.uint8], *, gap: int) -> NDArray[np.uint8]:
+    """Two pictures (H, W, 1 or 3) as one (H, W, 3), each in the middle of a square, `gap` pixels apart."""
+    side = max(*left.shape[:2], *right.shape[:2])
+    both = np.full((side, 2 * side + gap, 3), PAPER, np.uint8)
+    for picture, start in ((left, 0), (right, side + gap)):
+        both[:, start : start + side] = BEHIND
+        height, width = picture.shape[:2]
+        top, at = (side - height) // 2, start + (side - width) // 2
+        both[top : top + height, at : at + width] = picture  # grey is repeated
+    return both
+
+
 def draw(
     title: str, rows: Sequence[Sequence[Tile]], *, names: Sequence[str] = (), note: str = "", behind: bool = True
 ) -> Picture:

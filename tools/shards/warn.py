@@ -51,7 +51,7 @@ def _classes(split: Figures, path: str) -> Iterator[str]:
         if shards <= WINDOW:
             yield f"{what}; the default data.window of {WINDOW} mixes all {shards} shards, other readers do not"
         else:
-            yield f"{what}; set data.window to all, or `tandem data reshard {path} DEST --shuffle`"
+            yield f"{what}; set data.window to all, or `tandem data reshard {path} DEST`, which shuffles"
     if 0 < found["unlabelled"] < total:
         yield f"{found['unlabelled']:,} of {total:,} samples have no label"
     empty = [one["name"] for one in found["counts"] if not one["samples"]]
