@@ -5,6 +5,7 @@ of the scan), options and report of the maker, shards (name, samples, bytes, sha
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from trainer.data.table import Shard, Span, Spans
 FORMAT = 2
 NAME = "index.json"
 AS_MADE: Mapping[str, Any] = {"image": "auto", "label": "auto", "ignore": []}
+_NAME = re.compile(r"[^/\x00-\x1f\x7f-\x9f]+\.tar")  # no folder, and nothing that steers a terminal
 MOST = 1 << 60  # samples and bytes that an index may state
 
 
@@ -79,7 +81,7 @@ def _contents(content: Mapping[str, Any]) -> Contents:
         Shard(_text(s["name"]), _count(s["samples"], 1), _count(s["bytes"]), _text(s["sha256"]), _text(s["table"]))
         for s in content["shards"]
     )
-    if any(not shard.name.endswith(".tar") or Path(shard.name).name != shard.name for shard in shards):
+    if not all(_NAME.fullmatch(shard.name) for shard in shards):
         raise _Unfit("names a shard outside its folder")
     if len({shard.name for shard in shards}) < len(shards):
         raise _Unfit("names a shard twice")

@@ -125,6 +125,7 @@ class _Samples:
         self._numbers = False  # whether labels are numbers
         self._keys: set[int] = set()
         self._key: str | None = None
+        self._hash = 0
         self._first = self._end = 0
         self._found: list[str] = []  # fields of this sample
         self._image: tar.Member | None = None
@@ -173,15 +174,15 @@ class _Samples:
             self._label = self._class_of(member)
 
     def _begin(self, member: tar.Member) -> None:
-        number = key_hash(member.key)
+        self._hash = key_hash(member.key)
         self._key, self._first, self._found = member.key, member.begin, []
         self._image, self._several, self._label = None, False, -1
-        if number in self._keys:
+        if self._hash in self._keys:
             raise self._error(
                 "comes back after other samples",
                 "keep the members of a sample together: pack the shard again, with tar --sort=name",
             )
-        self._keys.add(number)
+        self._keys.add(self._hash)
         self.whole += 1
 
     def end(self) -> None:
@@ -199,8 +200,7 @@ class _Samples:
         field = self.fields.setdefault(image.field, len(self.fields))
         if field > 255:
             raise self._error("has the 256th name of an image field", "name the images of a shard alike")
-        key = key_hash(self._key)
-        self.rows.append((self._first, self._end, image.offset, image.size, key, self._label, field))
+        self.rows.append((self._first, self._end, image.offset, image.size, self._hash, self._label, field))
         self._key = None
 
     def empty(self) -> str:

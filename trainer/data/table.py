@@ -28,6 +28,7 @@ the image's data. key: `key_hash`. label: class number, -1 for none. field: numb
 Index.fields."""
 
 Rows = NDArray[np.void]
+HEADER = 256  # bytes before the rows, in a file
 KEPT = 128 << 20  # bytes of tables that are held: 2.9 million samples
 
 
@@ -93,7 +94,7 @@ def key_hash(key: str) -> int:
 
 def table_bytes(samples: int) -> int:
     """Size of the file of a table."""
-    return len(_header(samples)) + samples * ROW.itemsize
+    return HEADER + samples * ROW.itemsize
 
 
 def encode(rows: Rows) -> bytes:
@@ -104,17 +105,17 @@ def encode(rows: Rows) -> bytes:
 
 def decode(data: bytes) -> Rows:
     """What `encode` wrote, read-only. ValueError for anything else: the header is compared, never evaluated."""
-    samples = max(0, len(data) - len(_header(0))) // ROW.itemsize
-    header = _header(samples)
-    if data[: len(header)] != header or len(data) != len(header) + samples * ROW.itemsize:
+    samples = max(0, len(data) - HEADER) // ROW.itemsize
+    if data[:HEADER] != _header(samples) or len(data) != table_bytes(samples):
         raise ValueError("is no table of samples")
-    return np.frombuffer(data, ROW, offset=len(header))
+    return np.frombuffer(data, ROW, offset=HEADER)
 
 
 def _header(samples: int) -> bytes:
     """Of one length for any number of samples, so that the size of a file gives the number."""
     text = f"{{'descr': {ROW.descr!r}, 'fortran_order': False, 'shape': ({samples},), }}"
-    return b"\x93NUMPY\x01\x00" + (246).to_bytes(2, "little") + text.ljust(245).encode() + b"\n"
+    rest = HEADER - 10
+    return b"\x93NUMPY\x01\x00" + rest.to_bytes(2, "little") + text.ljust(rest - 1).encode() + b"\n"
 
 
 def fault(rows: Rows, shard: Shard, *, classes: int, fields: int) -> str | None:

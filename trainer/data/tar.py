@@ -55,7 +55,7 @@ class ShardCut(Exception):
 
 def split_name(name: str) -> tuple[str, str]:
     """webdataset's rule: the field is what follows the first dot of the last part. Hidden and dotless names, and those
-    in a folder like __MACOSX__, have no field."""
+    in a folder like __meta__, have no field."""
     folder, slash, base = name.rpartition("/")
     stem, dot, field = base.partition(".")
     if not stem or not dot or (name[:2] == "__" and _META.match(name)):
@@ -135,9 +135,7 @@ def _allow(name: str, kind: bytes, where: str, position: int) -> None:
     """ValueError for what a shard must not hold."""
     if kind not in (b"0", b"\0", b"5", b"7"):
         what = _FORBIDDEN.get(kind, f"a member of the kind {kind!r}")
-        raise ValueError(
-            f"{where}: {shown(name)} is {what}, at byte {position}; shards hold plain files: pack it again"
-        )
+        raise ValueError(f"{where}: {shown(name)} is {what}, at byte {position}; pack it again, of plain files only")
     if name.startswith("/") or (".." in name and ".." in name.split("/")) or _CONTROL.search(name):
         what = "an absolute name" if name.startswith("/") else ".. in its name"
         what = "control characters in its name" if _CONTROL.search(name) else what

@@ -75,9 +75,9 @@ def verify(folder: Path, tables: Path, shards: Sequence[Shard], config: Reading,
 
 def size_fault(folder: Path, shard: Shard, found: Seen) -> str | None:
     """What of a shard's size is not as its index says, with what is there."""
-    path = folder / shard.name
     if found.bytes == shard.bytes:
         return None
+    path = folder / shard.name
     if found.bytes < 0:
         return f"{path}: is missing ({shard.samples} samples, {shard.bytes:,} bytes); copy it again"
     return (
