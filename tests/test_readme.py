@@ -23,6 +23,7 @@ from PIL import Image
 from launch.cli import VERBS
 from tests import starts
 from tests.starts import ROOT, SHORT
+from tools.shards.make import parse as make_options
 from trainer import config as configuration
 
 PAGES = sorted(
@@ -93,6 +94,11 @@ def folder_made(words: list[str], work: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (150 + number % 2, 140), (number, 5 * number, 200)).save(path)
     forked(words, work)
+
+
+def understood(words: list[str], work: Path) -> None:
+    """Its options exist; tests/tools/test_shards_*.py makes the set, from packages that are not fetched."""
+    assert make_options(words[3:]).dest
 
 
 def board_shown(words: list[str], work: Path) -> None:
@@ -167,8 +173,9 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem data make fashion-mnist": lambda words, work: fashion_made([*words, "data"], work),
     r"tandem data make fashion-mnist \S+": fashion_made,
     r"tandem data make folder .*": folder_made,
-    r"tandem data (check|index|make|verify)": lambda words, work: helped([*words, "--help"], work),
-    r"tandem data (check|index|verify) .*": forked,
+    r"tandem data make (emoji|faces-drawn|photos) .*": understood,
+    r"tandem data (check|index|make|reshard|verify)": lambda words, work: helped([*words, "--help"], work),
+    r"tandem data (check|index|reshard|verify) .*": forked,
     r"tandem train": lambda words, work: helped([*words, "--help"], work),
     r"tandem train CONFIG \[.*": lambda words, work: trained(["tandem", "train", PLACEHOLDERS["CONFIG"]], work),
     r"tandem train config\.yaml": lambda words, work: trained(
