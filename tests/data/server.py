@@ -22,6 +22,8 @@ class Fault:
     """Closes the connection after so many bytes."""
     stall: int | None = None
     """Sends nothing more after so many bytes, until the server closes."""
+    mute: bool = False
+    """Never answers, until the server closes."""
     hold: int | None = None
     """Waits after so many bytes until `released` is set."""
     released: threading.Event = field(default_factory=threading.Event)
@@ -105,7 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, path: str, asked: Asked, fault: Fault) -> None:
         content = self.shared.files.get(path)
-        if fault.redirect:
+        if fault.mute:
+            self.shared.closing.wait()
+            self.close_connection = True
+        elif fault.redirect:
             self.short(asked, 302, {"Location": fault.redirect})
         elif fault.status:
             self.short(asked, fault.status, {} if fault.retry_after is None else {"Retry-After": fault.retry_after})

@@ -163,6 +163,16 @@ def test_a_file_that_nobody_fetches_any_more_makes_room(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_what_somebody_else_put_there_is_removed_in_its_turn(tmp_path: Path) -> None:
+    source = given_sizes(*[100 * KB] * 2)
+    store = store_of(source, tmp_path, kb=250)
+    store.open(source.shard(0)).close()
+    for name in ("notes.part", "x.y.part", ".part"):
+        (tmp_path / "remote" / name).write_bytes(bytes(60 * KB))
+    store.open(source.shard(1)).close()
+    assert numbers(tmp_path) == [1]
+
+
 def test_a_process_that_is_stopped_while_it_fetches_is_named(tmp_path: Path) -> None:
     cache = Cache(tmp_path, "set", limit=KB)
     path = cache.path("0.tar", "0" * 64)
@@ -177,8 +187,11 @@ def test_a_process_that_is_stopped_while_it_fetches_is_named(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["../x.tar", "a/b.tar", ".hidden.tar", ""])
 def test_names_of_an_index_do_not_leave_the_cache(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no name of a shard"):
-        store_of(given_sizes(1), tmp_path).open(Shard(name, 1, 1, "0" * 64, ""))
+    store = store_of(given_sizes(1), tmp_path)
+    with pytest.raises(ValueError, match="is no name of a file of a set"):
+        store.open(Shard(name, 1, 1, "0" * 64, ""))
+    with pytest.raises(ValueError, match="is no name of a file of a set"):
+        store.file(name)
 
 
 class Trouble(NamedTuple):

@@ -26,8 +26,11 @@ _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 PART = ".part"
 
 
-class Stopped(Exception):
-    """The store was closed."""
+class Stopped(OSError):
+    """The store was closed; who waits for a shard then is told so."""
+
+    def __init__(self) -> None:
+        super().__init__("data.path: the stream was closed while a shard was fetched")
 
 
 class Changed(Exception):
@@ -103,9 +106,11 @@ class Cache:
         self.limit = limit
 
     def path(self, name: str, sha256: str) -> Path:
-        if not name or Path(name).name != name or name.startswith("."):
-            raise ValueError(f"{name!r} is no name of a shard; make the index again with `tandem data index`")
-        return self.folder / f"{Path(name).stem}.{sha256[:16]}{Path(name).suffix}"
+        """Where a file of the source with this digest lies. ValueError for a name that is not a plain one."""
+        stem, _, kind = name.rpartition(".")
+        if not stem or "/" in name or "\0" in name or name.startswith("."):
+            raise ValueError(f"{name!r} is no name of a file of a set; make the index again with `tandem data index`")
+        return self.folder / f"{stem}.{sha256[:16]}.{kind}"
 
     def open(self, path: Path, size: int, name: str) -> OpenShard | None:
         """A whole file, which now counts as the one used last; None where it is not there. name: for messages."""
@@ -139,6 +144,8 @@ class Cache:
                     mine.close(remove=True)
                     return None
                 else:
+                    if size is not None and mine.bytes > size:
+                        mine.restart()
                     return mine
                 continue
             here = os.fstat(file).st_size
@@ -186,23 +193,27 @@ class Cache:
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # another process removed it
                     state = path.stat()
-                    planned = name.split(".")[-2] if name.endswith(PART) else "0"
-                    found.append(_Entry(state.st_atime_ns, max(state.st_size, int(planned)), path))
+                    planned = name.removesuffix(PART).rpartition(".")[2] if name.endswith(PART) else ""
+                    size = max(state.st_size, int(planned) if planned.isdecimal() else 0)
+                    found.append(_Entry(state.st_atime_ns, size, path))
         return found
 
     def _remove(self, path: Path) -> bool:
-        """Whether the file is gone now; one that somebody reads or fetches stays."""
+        """Whether the file is gone now; one that somebody reads or fetches stays, and one of another user."""
+        file = -1
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if not lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.root) or not _is(path, file):
+                return False
+            path.unlink()
         except FileNotFoundError:
             return True
-        try:
-            if not lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.root):
-                return False
-            path.unlink(missing_ok=True)
-            return True
+        except PermissionError:
+            return False
         finally:
-            os.close(file)
+            if file >= 0:
+                os.close(file)
+        return True
 
 
 def lock(file: int, kind: int, folder: Path) -> bool:
@@ -218,10 +229,11 @@ def lock(file: int, kind: int, folder: Path) -> bool:
     return True
 
 
-def touch(file: int) -> None:
+def touch(file: int | Path) -> None:
     """Notes that a file is used: its time of access, since a disk may be mounted without."""
     with contextlib.suppress(OSError):  # another user's file, or a read-only folder: it counts as older than it is
-        os.utime(file, ns=(time.time_ns(), os.fstat(file).st_mtime_ns))
+        state = file.stat() if isinstance(file, Path) else os.fstat(file)
+        os.utime(file, ns=(time.time_ns(), state.st_mtime_ns))
 
 
 @contextlib.contextmanager

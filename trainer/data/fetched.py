@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from trainer.data.cache import Cache, Changed, Part, Stopped
+from trainer.data.cache import Cache, Changed, Part, Stopped, touch
 from trainer.data.config import RemoteConfig
 from trainer.data.store import OpenShard, advise
 
@@ -65,13 +65,13 @@ class Fetched:
     def file(self, name: str) -> Path:
         """index.json is fetched once by each process, since it may have changed; what belongs to it lies under its
         digest."""
-        if self._index is None:
+        self._cache.path(name, "")  # a plain name
+        if self._index is None or not self._index.exists():
             self._index = self._small("index.json", None)
         path = self._index.parent / name
-        try:
-            os.utime(path)  # used now
-        except FileNotFoundError:
+        if not path.exists():
             return self._small(name, path)
+        touch(path)
         return path
 
     def shards(self) -> list[str]:
@@ -79,17 +79,10 @@ class Fetched:
 
     def open(self, shard: "Shard") -> OpenShard:
         where = f"{self.name}/{shard.name}"
-        try:
-            while True:  # once, unless another process removes the file in this moment
-                path, size = self._place(shard)
-                if found := self._cache.open(path, size, where) or self._fetch(shard, where):
-                    return found
-        except FileNotFoundError:
-            raise ValueError(
-                f"{where}: is missing ({shard.samples:,} samples, {shard.bytes:,} bytes); copy it again"
-            ) from None
-        except Stopped:
-            raise OSError(f"{where}: the stream was closed while it was fetched") from None
+        while True:  # once, unless another process removes the file in this moment
+            path, size = self._place(shard)
+            if found := self._cache.open(path, size, where) or self._fetch(shard, where):
+                return found
 
     def prepare(self, shards: "Sequence[Shard]") -> None:
         window = {self._place(shard)[0]: shard for shard in shards}
@@ -163,6 +156,10 @@ class Fetched:
                 problem = f"has the sha256 {digest[:16]}..., its index says {shard.sha256[:16]}..."
         except Changed as found:
             problem = str(found)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{where}: is missing ({shard.samples:,} samples, {shard.bytes:,} bytes); copy it again"
+            ) from None
         part.restart()
         return problem
 
@@ -176,6 +173,8 @@ class Fetched:
             path = path or self._cache.folder / part.sha256()[:16] / name
             part.finish(path, name).close()
             return path
+        except Changed as problem:
+            raise OSError(f"{self.name}/{name}: {problem}: it changed while it was fetched; start again") from None
         finally:
             part.close(remove=True)
 

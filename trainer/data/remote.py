@@ -107,9 +107,8 @@ class Remote:
         try:
             block = self._call(where, self._fs.cat_file, path, start=start, end=stop)
         except TryAgain:
-            self._block = max(_SMALLEST, self._block // 2)  # a deadline is for a whole request here: a slow line
+            self._block = max(_SMALLEST, self._block // 2)  # the deadline is that of a whole request: a slow line
             raise
-        self._block = min(BLOCK, self._block * 2)
         if len(block) > stop - start:  # all of it, whatever was asked for
             block = memoryview(block)[start:]
         part.write(block)

@@ -136,8 +136,6 @@ class Readahead:
 
     def files(self, paths: Sequence[Path]) -> None:
         """Returns at once. A file that is gone is left to whoever opens it."""
-        if not hasattr(os, "posix_fadvise"):
-            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="readahead", daemon=True)
             self._thread.start()
@@ -169,6 +167,6 @@ class Readahead:
 def advise(file: int) -> int:
     """Asks the kernel to read a whole file into its cache; returns its bytes."""
     size = os.fstat(file).st_size
-    for start in range(0, size, _STEP):
+    for start in range(0, size if hasattr(os, "posix_fadvise") else 0, _STEP):  # macOS has none
         os.posix_fadvise(file, start, _STEP, os.POSIX_FADV_WILLNEED)
     return size
