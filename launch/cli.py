@@ -23,7 +23,7 @@ VERBS = {
     "data index": Verb("tools.shards.index", "main", "index shards of any other maker, or renew the index of a set"),
     "data verify": Verb("tools.shards.check", "main", "verify shards against their index; --deep decodes every image"),
     "data reshard": Verb("tools.shards.reshard", "main", "cut, shuffle, resize or re-encode shards of any maker anew"),
-    "data stats": Verb("tools.shards.stats", "main", "measure a set: levels, classes, copies, frames, grids, and draw it"),
+    "data stats": Verb("tools.shards.stats", "main", "measure a set: levels, classes, copies, frames, grids; draw it"),
     "data show": Verb("tools.shards.show", "main", "draw what a batch of a config looks like to the networks"),
     "data check": Verb("tools.shards.check", "main", "another name of data verify"),
     "sample": Verb("tools.draw", "sample", "draw a grid of samples from a run"),

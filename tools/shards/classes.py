@@ -50,7 +50,7 @@ def _order(counts: NDArray[np.int64], squares: NDArray[np.float64], runs: int) -
     the runs."""
     present = counts > 0
     freedom = (runs - 1) * (int(present.sum()) - 1)
-    if freedom < 1:
+    if runs < 2 or freedom < 1:
         return None
     expected = counts[present] / runs
     return float((squares[present] / expected).sum() - runs * RUN) / freedom

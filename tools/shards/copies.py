@@ -32,6 +32,7 @@ def find(splits: Sequence[Split], config: Reading, *, threads: int) -> tuple[dic
     of = np.repeat(np.arange(len(splits)), [len(split.prints) for split in splits])
     names = _Names(splits, prints["sample"], of)
     exact, single = _exact(prints["digest"], names)
+    single = single[~prints["blank"][single]]  # of one colour: told apart from copies, as `blank`
     pairs = duplicates.near_pairs(prints["hash"][single])
     first, second = single[pairs.first], single[pairs.second]
     # the nearest first, as many as AGAIN samples make

@@ -1,4 +1,4 @@
-"""What is counted of a split while its images pass: sums and 32 bytes a sample, no images."""
+"""What is counted of a split while its images pass: sums and 33 bytes a sample, no images."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from tools.shards.walk import Chunk, walk
 from trainer.data.config import Reading
 from trainer.data.index import Index
 
-PRINT = np.dtype([("sample", "<i8"), ("digest", "V16"), ("hash", "<u8")])
-"""Of an image: its number in the split, `duplicates.digest`, `duplicates.perceptual`."""
+PRINT = np.dtype([("sample", "<i8"), ("digest", "V16"), ("hash", "<u8"), ("blank", "?")])
+"""Of an image: its number in the split, `duplicates.digest`, `duplicates.perceptual`, whether it is of one colour."""
 SIDES = ("top", "right", "bottom", "left")
 
 
@@ -121,13 +121,16 @@ def _look(chunk: Chunk, *, segment: int | None) -> Measured:
         found.widths[width] += len(places)
         found.channels[channels] += len(places)
         stack = np.stack([chunk.images[place] for place in places])
-        prints["hash"][places] = _measure(stack, found, segment)
+        prints["hash"][places], prints["blank"][places] = _measure(stack, found, segment)
     found.prints = [prints]
     return found
 
 
-def _measure(stack: NDArray[np.uint8], found: Measured, segment: int | None) -> NDArray[np.uint64]:
-    """Adds (n, H, W, C) images of one shape to `found`; returns their perceptual hashes."""
+def _measure(
+    stack: NDArray[np.uint8], found: Measured, segment: int | None
+) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """Adds (n, H, W, C) images of one shape to `found`; returns their perceptual hashes, and which are of one
+    colour."""
     count, height, width, channels = stack.shape
     mean, std = (part[:, 0] for part in cv2.meanStdDev(stack.reshape(count * height, width, channels)))
     pixels = count * height * width
@@ -143,7 +146,8 @@ def _measure(stack: NDArray[np.uint8], found: Measured, segment: int | None) -> 
     grey = stack[..., 0] if channels == 1 else np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in stack])
     if found.grid is not None and segment is not None:
         found.grid = found.grid + tells.grid(grey, segment)
-    return duplicates.perceptual(np.stack([duplicates.thumbnail(image)[..., 0] for image in grey]))
+    thumbs = np.stack([duplicates.thumbnail(image)[..., 0] for image in grey])
+    return duplicates.perceptual(thumbs), frame.blank
 
 
 def joined(prints: list[NDArray[np.void]]) -> NDArray[np.void]:

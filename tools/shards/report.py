@@ -174,7 +174,9 @@ def copy_rows(found: Figures) -> Iterator[tuple[str, str]]:
     exact, near = found["exact"], found["near"]
     yield "exact", f"{exact['copies']:,} copies of {exact['groups']:,} images" if exact["groups"] else "none"
     yield from (("exact", " = ".join(map(_one, group))) for group in exact["named"])
-    least = "" if near["complete"] else f", of the {near['compared']:,} likeliest of {near['candidates']:,} pairs"
+    least = (
+        "" if near["complete"] else f" at least ({near['compared']:,} of {near['candidates']:,} candidates compared)"
+    )
     yield "near", f"{near['pairs']:,} pairs{least}" if near["pairs"] or least else "none"
     yield from (
         ("near", f"{' ~ '.join(map(_one, pair['samples']))}, {pair['difference']:.1f} levels") for pair in near["named"]

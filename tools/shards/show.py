@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
         behind=False,
     )
     write_png(path, picture, overwrite=True)
-    print(f"{path}: {sum(map(len, groups)):,} images of {options.updates} batches of {options.config}")
+    updates = "an update" if options.updates == 1 else f"{options.updates} updates"
+    print(f"{path}: {sum(map(len, groups)):,} images of {updates} of {options.config}")
     return 0
 
 

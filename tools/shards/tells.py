@@ -167,7 +167,7 @@ def _excess(profile: NDArray[np.float32], segment: int) -> NDArray[np.float64]:
     """(n, length) to (n, 4): squared amplitude at 1/8, 2/8, 3/8 and 4/8, less the mean of its neighbours, averaged over
     segments."""
     count, length = profile.shape
-    parts = profile[:, : length // segment * segment].reshape(count, -1, segment)
+    parts = profile[:, : length // segment * segment].reshape(count, length // segment, segment)
     parts = parts - parts.mean(axis=2, keepdims=True)
     window = np.hanning(segment + 1)[:segment] if segment >= 32 else np.ones(segment)
     power = np.abs(np.fft.rfft(parts * window, axis=2)) ** 2 * (2 / window.sum()) ** 2
