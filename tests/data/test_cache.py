@@ -97,24 +97,38 @@ def test_an_open_shard_is_kept_whoever_opened_it(tmp_path: Path) -> None:
     for number in (1, 2):
         other.open(source.shard(number)).close()
     assert numbers(tmp_path) == [0, 2]
-    with pytest.raises(ValueError, match=r"^data\.remote\.cache_gb: 5e-05 cannot hold the shards in use and 1\.\w+"):
-        store_of(source, tmp_path, kb=50).open(source.shard(1))
     found.close()
-    store_of(source, tmp_path, kb=150).open(source.shard(1)).close()
-    assert numbers(tmp_path) == [1]
+    other.open(source.shard(1)).close()
+    assert numbers(tmp_path) == [1, 2]
 
 
-def test_the_windows_in_use_are_kept(tmp_path: Path) -> None:
+def test_readers_keep_what_they_opened_when_its_file_must_go(tmp_path: Path) -> None:
+    source = given_sizes(*[100 * KB] * 4)
+    store = store_of(source, tmp_path, kb=250)
+    found = [store.open(source.shard(number)) for number in range(4)]
+    assert numbers(tmp_path) == [2, 3]
+    for number, shard in enumerate(found):
+        assert os.pread(shard.fd, shard.bytes, 0) == source.data(f"{number}.tar")
+
+
+def test_a_bound_below_a_shard_is_named_and_nothing_removed(tmp_path: Path) -> None:
+    source = given_sizes(10 * KB, 100 * KB)
+    store = store_of(source, tmp_path, kb=50)
+    store.open(source.shard(0)).close()
+    with pytest.raises(ValueError, match=r"^data\.remote\.cache_gb: 5e-05 cannot hold the shards in use and 1\.\w+"):
+        store.open(source.shard(1))
+    assert numbers(tmp_path) == [0]
+
+
+def test_the_window_in_use_is_kept(tmp_path: Path) -> None:
     source = given_sizes(*[100 * KB] * 5)
     store = store_of(source, tmp_path, kb=350, ahead=1)
-    store.prepare([source.shard(0), source.shard(1)])
-    store.prepare([source.shard(2)])
+    store.prepare([source.shard(number) for number in (0, 1, 2)])
     until(lambda: numbers(tmp_path) == [0, 1, 2])
     with pytest.raises(ValueError, match=r"cannot hold the shards in use.*GB too little; raise it, or lower data\.win"):
         store.open(source.shard(3))
-    store.prepare([source.shard(3)])
-    until(lambda: 3 in numbers(tmp_path))
-    assert 2 in numbers(tmp_path)
+    store.prepare([source.shard(number) for number in (2, 3, 4)])
+    until(lambda: numbers(tmp_path) == [2, 3, 4])
     store.close()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.served import SHARDS, cached, content, opened, read
+from tests.data.served import SHARDS, cached, content, opened, read, unknown
 from tests.data.server import Fault, Server, serving, until
 from trainer.data.index import Shard
 
@@ -21,13 +21,25 @@ def server() -> Iterator[Server]:
 
 def test_shards_are_fetched_ahead_in_order(server: Server, tmp_path: Path) -> None:
     store = opened(server.url, tmp_path, ahead=1)
-    store.prepare(SHARDS[2:])
-    store.prepare(SHARDS[:1])
+    store.prepare([SHARDS[2], SHARDS[3], SHARDS[0]])
     until(lambda: len(cached(tmp_path)) == 3 and not list(tmp_path.rglob("*.part")))
     begun = [asked.path[-5:] for asked in server.asked if asked.start == 0]
     assert begun == ["2.tar", "3.tar", "0.tar"]
     assert read(store.open(SHARDS[3])) == content(3)
     assert server.sent("3.tar") == len(content(3))
+    store.close()
+
+
+def test_what_is_no_longer_wanted_is_not_fetched(server: Server, tmp_path: Path) -> None:
+    hold = Fault(on="0.tar", hold=1000)
+    server.faults = [hold]
+    store = opened(server.url, tmp_path, ahead=1, timeout=5)
+    store.prepare(SHARDS[:3])
+    until(lambda: hold.times == 0)
+    store.prepare(SHARDS[3:])
+    hold.released.set()
+    until(lambda: len(cached(tmp_path)) == 2 and not list(tmp_path.rglob("*.part")))
+    assert {asked.path[-5:] for asked in server.asked} == {"0.tar", "3.tar"}
     store.close()
 
 
@@ -40,6 +52,20 @@ def test_opening_a_shard_that_is_under_way_waits_for_it(server: Server, tmp_path
     threading.Timer(0.2, hold.released.set).start()
     assert read(store.open(SHARDS[0])) == content(0)
     assert server.sent("0.tar") == len(content(0))
+    store.close()
+
+
+def test_shards_without_an_index_are_fetched_ahead_once(server: Server, tmp_path: Path) -> None:
+    hold = Fault(on="0.tar", hold=1000)
+    server.faults = [hold]
+    store = opened(server.url, tmp_path, timeout=5)
+    store.prepare([unknown("0.tar"), unknown("1.tar")])
+    until(lambda: hold.times == 0)
+    threading.Timer(0.2, hold.released.set).start()
+    assert read(store.open(unknown("0.tar"))) == content(0)
+    assert read(store.open(unknown("1.tar"))) == content(1)
+    assert server.sent("0.tar") == server.sent("1.tar") == len(content(0))
+    assert not list(tmp_path.rglob("*.part"))
     store.close()
 
 

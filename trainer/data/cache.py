@@ -161,19 +161,23 @@ class Cache:
             time.sleep(_LOOK)
 
     def make_room(self, part: Part, *, keep: Collection[Path]) -> None:
-        """Removes the files that were used longest ago until this one fits, but for those that are open somewhere, and
-        `keep`. ValueError where that is not enough."""
+        """Removes the files that were used longest ago, but for `keep`, until this one fits: first those that nobody
+        reads, then the others too (an open file stays whole for its readers). ValueError where that is not enough."""
         entries = sorted(self._entries())
         size = part.size or part.bytes
         free = shutil.disk_usage(self.folder).free
         excess = sum(entry.bytes for entry in entries) - self.limit
         missing = size - part.bytes - free
-        for entry in entries:
-            if max(excess, missing) <= 0:
-                return
-            if entry.path != part.path and entry.path not in keep and self._remove(entry.path):
-                excess -= entry.bytes
-                missing -= entry.bytes
+        entries = [entry for entry in entries if entry.path != part.path and entry.path not in keep]
+        if max(excess, missing) <= sum(entry.bytes for entry in entries):
+            for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+                for entry in entries:
+                    if max(excess, missing) <= 0:
+                        return
+                    if self._remove(entry.path, kind):
+                        excess -= entry.bytes
+                        missing -= entry.bytes
+                entries = [entry for entry in entries if entry.path.exists()]
         if excess > 0:
             raise ValueError(
                 f"data.remote.cache_gb: {self.limit / 1e9:g} cannot hold the shards in use and {part.path.name} "
@@ -198,12 +202,13 @@ class Cache:
                     found.append(_Entry(state.st_atime_ns, size, path))
         return found
 
-    def _remove(self, path: Path) -> bool:
-        """Whether the file is gone now; one that somebody reads or fetches stays, and one of another user."""
+    def _remove(self, path: Path, kind: int) -> bool:
+        """Whether the file is gone now. One that somebody fetches stays, and one of another user; one that somebody
+        reads where `kind` is LOCK_EX."""
         file = -1
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if not lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.root) or not _is(path, file):
+            if not lock(file, kind | fcntl.LOCK_NB, self.root) or not _is(path, file):
                 return False
             path.unlink()
         except FileNotFoundError:

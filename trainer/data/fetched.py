@@ -56,7 +56,7 @@ class Fetched:
         self._cache = Cache(config.cache, f"{readable}-{key}", limit=int(config.cache_gb * 1e9))
         self._index: Path | None = None
         self._unknown: dict[str, tuple[Path, int]] = {}  # shards that no index names: where they are now, bytes
-        self._windows: deque[frozenset[Path]] = deque(maxlen=2)
+        self._window: frozenset[Path] = frozenset()  # of the last `prepare`
         self._waiting: deque[Shard] = deque()
         self._news = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -87,9 +87,8 @@ class Fetched:
     def prepare(self, shards: "Sequence[Shard]") -> None:
         window = {self._place(shard)[0]: shard for shard in shards}
         with self._news:
-            self._windows.append(frozenset(window))
-            waiting = {self._place(shard)[0]: shard for shard in self._waiting} | window
-            self._waiting = deque(shard for path, shard in waiting.items() if any(path in w for w in self._windows))
+            self._window = frozenset(window)
+            self._waiting = deque(window.values())
             self._news.notify_all()
             while len(self._threads) < min(self._config.ahead, len(self._waiting)) and not self._closed.is_set():
                 self._threads.append(threading.Thread(target=self._run, name="fetch", daemon=True))
@@ -127,10 +126,10 @@ class Fetched:
             return None
         try:
             if not shard.sha256:
+                if shard.name in self._unknown:  # fetched while this thread waited
+                    return None
                 part.restart()  # what another process left may be of another file
-            with self._news:
-                keep = frozenset[Path]().union(*self._windows)
-            self._cache.make_room(part, keep=keep)
+            self._cache.make_room(part, keep=self._window)
             if self._differs(part, shard, where) and (problem := self._differs(part, shard, where)):
                 raise ValueError(
                     f"{where}: {problem}, and so it was when it was fetched again: it changed since its index was "
@@ -139,6 +138,8 @@ class Fetched:
             if not shard.sha256:
                 path = self._cache.path(shard.name, part.sha256())
                 self._unknown[shard.name] = path, part.bytes
+                with self._news:
+                    self._window |= {path}
             return part.finish(path, where)
         finally:
             part.close()
@@ -164,11 +165,14 @@ class Fetched:
         return problem
 
     def _small(self, name: str, path: Path | None) -> Path:
-        """Fetches a small file; two processes may do so at once. path: where to; None: under its own digest."""
-        part = self._claim(self._cache.folder / f"{os.getpid()}-{threading.get_ident()}-{name}", None)
-        assert part is not None
+        """Fetches a small file. path: where to; None: under its own digest, by each process for itself."""
+        own = self._cache.folder / f"{os.getpid()}-{threading.get_ident()}-{name}"
+        part = self._claim(path or own, None)
+        if part is None:
+            assert path is not None
+            return path  # another process or thread has fetched it meanwhile
         try:
-            part.restart()  # of another process that had this number
+            part.restart()  # what another process left may be of another file
             self._complete(part, name, f"{self.name}/{name}")
             path = path or self._cache.folder / part.sha256()[:16] / name
             part.finish(path, name).close()

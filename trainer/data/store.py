@@ -55,8 +55,8 @@ class Store(Protocol):
         an unknown shard (of a set without an index): its size and digest are not compared."""
 
     def prepare(self, shards: "Sequence[Shard]") -> None:
-        """Says that these shards are read next, and returns at once: they are read or fetched ahead. What fails then
-        is raised by `open`. Shards of this call and of the one before it stay on this machine."""
+        """Says that these shards are read next (those of the current window first), and returns at once: they are read
+        or fetched ahead. What fails then is raised by `open`. They stay on this machine until the next call."""
 
     def close(self) -> None:
         """Ends the threads. Open shards stay open."""
