@@ -90,7 +90,7 @@ def _faults(index: "Index", number: int, config: "ShardsConfig", *, deep: bool) 
                 yield f"{path}: {_changed(index, number, opened.fd)}; copy the shard again or make the set again"
             elif deep:
                 yield from _compare(index, number, opened.fd, config)
-                yield from _decode_all(index, number, opened.fd)
+                yield from _decode_all(index, number, opened.fd, config)
     except (ValueError, OSError) as error:
         yield one_line(error)
 
@@ -137,18 +137,15 @@ def _compare(index: "Index", number: int, descriptor: int, config: "ShardsConfig
         yield f"{path}: its table places samples elsewhere than they are; run `tandem data index` on the set"
 
 
-def _decode_all(index: "Index", number: int, descriptor: int) -> Iterator[str]:
+def _decode_all(index: "Index", number: int, descriptor: int, config: "ShardsConfig") -> Iterator[str]:
     """Each image that cannot be decoded, with shard, key and reason."""
-    from trainer.data.convert import Undecodable
-    from trainer.data.decode import decode
+    import numpy as np
 
-    largest = index.height.high * index.width.high if index.height and index.width else 1 << 26
-    for place, row in enumerate(index.table(number)):
-        data = os.pread(descriptor, int(row["size"]), int(row["offset"]))
-        try:
-            decode(data, index.fields[row["field"]], channels=None, max_pixels=largest)
-        except Undecodable as error:
-            yield f"{index.where(int(index.starts[number]) + place)}: {error}"
+    from tools.shards import walk
+
+    for samples in walk.pieces(index, np.arange(index.starts[number], index.starts[number + 1])):
+        for sample, why in walk.decoded(index, config, number, samples, descriptor=descriptor).bad:
+            yield f"{index.where(sample)}: {why}"
 
 
 if __name__ == "__main__":

@@ -74,8 +74,6 @@ def _taken(waiting: "deque[tuple[int, Future[Look]]]", advance: Callable[[int], 
 
 def _chunks(index: Index, samples: NDArray[np.int64] | None) -> Iterator[tuple["_Shard", NDArray[np.int64]]]:
     """Shards and numbers of samples in the split; a chunk lies in one shard."""
-    sides = [span.high for span in (index.height, index.width, index.channels) if span]
-    size = min(CHUNK, max(1, CHUNK_BYTES // max(1, int(np.prod(sides)))))
     for number, (low, high) in enumerate(zip(index.starts[:-1].tolist(), index.starts[1:].tolist(), strict=True)):
         if samples is None:
             numbers = np.arange(low, high, dtype=np.int64)
@@ -85,29 +83,40 @@ def _chunks(index: Index, samples: NDArray[np.int64] | None) -> Iterator[tuple["
             continue
         index.store(number).prepare(index.shards[number : number + 2])
         shard = _Shard(index, number)
-        yield from ((shard, numbers[at : at + size]) for at in range(0, len(numbers), size))
+        yield from ((shard, part) for part in pieces(index, numbers))
 
 
 class _Shard:
     """Opened here, one after the other; closed with the last chunk that reads it."""
 
     def __init__(self, index: Index, number: int) -> None:
-        self.first = int(index.starts[number])
-        self.table = index.table(number)
+        self.number = number
         self.file: OpenShard = index.store(number).open(index.shards[number])
 
 
 def _look(
     index: Index, config: Reading, shard: _Shard, numbers: NDArray[np.int64], look: Callable[[Chunk], Look]
 ) -> Look:
-    rows = shard.table[numbers - shard.first]
+    return look(decoded(index, config, shard.number, numbers, descriptor=shard.file.fd))
+
+
+def pieces(index: Index, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Samples in parts whose pixels may be held at a time."""
+    sides = [span.high for span in (index.height, index.width, index.channels) if span]
+    size = min(CHUNK, max(1, CHUNK_BYTES // max(1, int(np.prod(sides)))))
+    yield from (numbers[at : at + size] for at in range(0, len(numbers), size))
+
+
+def decoded(index: Index, config: Reading, shard: int, numbers: NDArray[np.int64], *, descriptor: int) -> Chunk:
+    """Samples of an open shard, numbers in the split. ValueError where the shard ends too early."""
+    rows = index.table(shard)[numbers - index.starts[shard]]
     most = int(config.limits.megapixels * 1e6)
     images: list[NDArray[np.uint8]] = []
     good: list[int] = []
     bad: list[tuple[int, str]] = []
     for place, (number, row) in enumerate(zip(numbers.tolist(), rows, strict=True)):
         size = int(row["size"])
-        data = os.pread(shard.file.fd, size, int(row["offset"]))
+        data = os.pread(descriptor, size, int(row["offset"]))
         if len(data) != size:
             raise ValueError(f"{index.where(number)}: the shard was cut short while it was read; copy it again")
         try:
@@ -116,7 +125,7 @@ def _look(
             good.append(place)
         except Undecodable as error:
             bad.append((number, str(error)))
-    return look(Chunk(numbers[good], rows[good], images, bad))
+    return Chunk(numbers[good], rows[good], images, bad)
 
 
 def spread(samples: int, count: int, *, seed: int) -> NDArray[np.int64]:
