@@ -135,19 +135,20 @@ def _measure(
     mean, std = (part[:, 0] for part in cv2.meanStdDev(stack.reshape(count * height, width, channels)))
     pixels = count * height * width
     found.moments = found.moments.join(Moments(pixels, mean * pixels, (std**2 + mean**2) * pixels))
-    frame = tells.frames(stack)
-    found.blank += int(frame.blank.sum())
+    blank = tells.blank(stack)
+    found.blank += int(blank.sum())
+    if channels == 3:
+        found.grey += int(tells.grey_as_colour(stack).sum())
+    grey = stack[..., 0] if channels == 1 else np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in stack])
+    frame = tells.frames(grey)
     found.framed += int(frame.width.any(axis=1).sum())
     found.plain += int(frame.plain.sum())
     for side, counter in enumerate(found.frame_width):
         counter.update(frame.width[frame.width[:, side] > 0, side].tolist())
-    if channels == 3:
-        found.grey += int(tells.grey_as_colour(stack).sum())
-    grey = stack[..., 0] if channels == 1 else np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in stack])
     if found.grid is not None and segment is not None:
         found.grid = found.grid + tells.grid(grey, segment)
     thumbs = np.stack([duplicates.thumbnail(image)[..., 0] for image in grey])
-    return duplicates.perceptual(thumbs), frame.blank
+    return duplicates.perceptual(thumbs), blank
 
 
 def joined(prints: list[NDArray[np.void]]) -> NDArray[np.void]:
