@@ -174,8 +174,8 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem data make fashion-mnist \S+": fashion_made,
     r"tandem data make folder .*": folder_made,
     r"tandem data make (emoji|faces-drawn|photos) .*": understood,
-    r"tandem data (check|index|make|reshard|verify)": lambda words, work: helped([*words, "--help"], work),
-    r"tandem data (check|index|reshard|verify) .*": forked,
+    r"tandem data (check|index|make|reshard|show|stats|verify)": lambda words, work: helped([*words, "--help"], work),
+    r"tandem data (check|index|reshard|show|stats|verify) .*": forked,
     r"tandem train": lambda words, work: helped([*words, "--help"], work),
     r"tandem train CONFIG \[.*": lambda words, work: trained(["tandem", "train", PLACEHOLDERS["CONFIG"]], work),
     r"tandem train config\.yaml": lambda words, work: trained(

@@ -140,7 +140,7 @@ def _measure(
     if channels == 3:
         found.grey += int(tells.grey_as_colour(stack).sum())
     grey = stack[..., 0] if channels == 1 else np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in stack])
-    frame = tells.frames(grey)
+    frame = tells.frames(grey[~blank])
     found.framed += int(frame.width.any(axis=1).sum())
     found.plain += int(frame.plain.sum())
     for side, counter in enumerate(found.frame_width):
