@@ -86,3 +86,11 @@ def test_near_copies_have_near_hashes_and_thumbnails(what: str, least: float) ->
     assert np.mean([distance <= duplicates.LEVELS for distance in far]) >= 0.95
     strangers = [duplicates.difference(a, b) for a, b in zip(thumbs, [*thumbs[1:], thumbs[0]], strict=True)]
     assert min(strangers) > duplicates.LEVELS
+
+
+def test_a_set_of_one_picture_ends_with_as_many_pairs_as_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "MOST", 1_000)
+    hashes = np.arange(4_000, dtype=np.uint64)  # all of them agree in 52 bits
+    found = duplicates.near_pairs(hashes)
+    assert len(found.first) == 1_000 and not found.all
+    assert (found.first < found.second).all() and (found.bits <= duplicates.BITS).all()

@@ -111,6 +111,8 @@ def _neighbours(
         hit = left[_popcount(values[left] ^ values[left + step]) <= BITS]
         pair = np.sort(np.stack([order[hit], order[hit + step]]), axis=0)
         found.append(pair[0] * len(keys) + pair[1])
+        if sum(map(len, found)) > 4 * MOST:  # each pair stands in up to 35 tables
+            return False
     return False
 
 

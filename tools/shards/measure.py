@@ -89,10 +89,10 @@ def measure(
     config: Reading,
     *,
     threads: int,
-    samples: NDArray[np.int64],
+    samples: NDArray[np.int64] | None,
     advance: Callable[[int], None],
 ) -> Measured:
-    """Looks at the given samples (sorted numbers) of a split."""
+    """Looks at the given samples (sorted numbers) of a split; None: at all."""
     side = min(index.height.low, index.width.low) if index.height and index.width else 0
     segment = tells.segment_of(side)
     found = Measured(grid=None if segment is None else tells.Grid(segment))

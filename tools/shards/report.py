@@ -12,6 +12,8 @@ from tools.shards import tells
 
 SHOWN = 20
 """Classes that are shown; of more, as many of the largest and of the smallest as fit."""
+COPIES = 5
+"""Groups and pairs that are shown; the JSON has more."""
 BAR = 30  # characters
 Figures = Mapping[str, Any]
 PERIODS = {"8": "blocks of JPEG", "4": "enlarged 4 times", "2": "enlarged 2 times, or a network's pattern"}
@@ -44,7 +46,7 @@ def _tables(found: Figures) -> Iterator[Table | Text | Group]:
         bad = [Text(f"  {one['where']}: {one['why']}") for one in split["bad"]["named"]]
         if bad:
             yield Group(Text("cannot be decoded", style="bold"), *bad, Text())
-    yield _table("copies", copy_rows(found["copies"]))
+    yield _table("copies", copy_rows(found["copies"], between="\n"))
     if not found["warnings"]:
         yield Text("nothing to warn of", style="green")
     for text in found["warnings"]:
@@ -170,16 +172,18 @@ def _cause(period: str, depth: float) -> str:
     return PERIODS[period] + (" of good quality" if weak else "")
 
 
-def copy_rows(found: Figures) -> Iterator[tuple[str, str]]:
+def copy_rows(found: Figures, *, between: str = " ") -> Iterator[tuple[str, str]]:
+    """between: what parts the samples of a group or pair."""
     exact, near = found["exact"], found["near"]
     yield "exact", f"{exact['copies']:,} copies of {exact['groups']:,} images" if exact["groups"] else "none"
-    yield from (("exact", " = ".join(map(_one, group))) for group in exact["named"])
+    yield from (("exact", f"{between}= ".join(map(_one, group))) for group in exact["named"][:COPIES])
     least = (
         "" if near["complete"] else f" at least ({near['compared']:,} of {near['candidates']:,} candidates compared)"
     )
     yield "near", f"{near['pairs']:,} pairs{least}" if near["pairs"] or least else "none"
     yield from (
-        ("near", f"{' ~ '.join(map(_one, pair['samples']))}, {pair['difference']:.1f} levels") for pair in near["named"]
+        ("near", f"{f'{between}~ '.join(map(_one, pair['samples']))}, {pair['difference']:.1f} levels apart")
+        for pair in near["named"][:COPIES]
     )
 
 

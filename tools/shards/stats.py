@@ -88,10 +88,11 @@ def stats(
     splits: dict[str, Any] = {}
     prints = []
     opened = {name: indices.load(config, name) for name in names}
-    chosen = {name: walk.spread(index.samples, samples or index.samples, seed=seed) for name, index in opened.items()}
-    with bar(sum(map(len, chosen.values())), "looking") as advance:
+    total = sum(min(samples or index.samples, index.samples) for index in opened.values())
+    with bar(total, "looking") as advance:
         for name, index in opened.items():
-            measured = measuring.measure(index, config, threads=threads, samples=chosen[name], advance=advance)
+            chosen = None if samples is None else walk.spread(index.samples, samples, seed=seed)
+            measured = measuring.measure(index, config, threads=threads, samples=chosen, advance=advance)
             splits[name] = _figures(index, classes.balance(index), measured)
             prints.append(copies.Split(name, index, measuring.joined(measured.prints)))
     exact, near = copies.find(prints, config, threads=threads)
