@@ -18,7 +18,14 @@ MAY_IMPORT = {
     "trainer.kernels": ("trainer.kernels",),
     "trainer.losses": ("trainer.losses", "trainer.kernels", "trainer.progress"),
     "trainer.networks": ("trainer.networks", "trainer.kernels"),
-    "trainer.data": ("trainer.data", "trainer.kernels", "trainer.progress", "trainer.durable", "trainer.bounds", "trainer.errors"),
+    "trainer.data": (
+        "trainer.data",
+        "trainer.kernels",
+        "trainer.progress",
+        "trainer.durable",
+        "trainer.bounds",
+        "trainer.errors",
+    ),
     "launch": ("launch", "trainer.config", "trainer.errors"),
     "tools": ("tools", "trainer"),
     "tools.demo": ("tools", "trainer", "launch"),  # does what a user does, on two processes
