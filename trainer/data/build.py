@@ -1,10 +1,12 @@
 """Builds the index of shards that somebody else made: each is read once, in threads, its sha256 on the way."""
 
+import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,8 @@ from trainer.data.scan import Wanted, scan
 from trainer.data.store import Store
 from trainer.data.table import Rows, Shard, Span, Spans
 
-DRAFTS = ".indexing"
-"""Folder in the target while it is indexed."""
+DRAFTS = ".indexing-"
+"""Beginning of the name of a folder in the target while it is indexed; two machines that share it have one each."""
 WORKERS = min(4, os.cpu_count() or 1)  # threads that scan: hashing leaves the interpreter, parsing does not
 
 
@@ -92,30 +94,30 @@ def publish(
     report: Mapping[str, Any],
 ) -> None:
     """Writes the tables with the numbers that fields and classes have in all shards; index.json last. folder: of the
-    drafts, which stay there."""
+    drafts, which stay there, on the target's file system."""
     fields = table.merged(found.fields for found in drafts)
     number = {name: index for index, name in enumerate(classes)}
     spans = Spans()
     shards = []
     for found in drafts:
-        path = target / table.table_name(found.name)
-        rows = table.decode((folder / path.name).read_bytes()).copy()
-        rows["field"] = _numbers([fields.index(name) for name in found.fields])[rows["field"]]
+        name = table.table_name(found.name)
+        rows = table.decode((folder / name).read_bytes()).copy()
+        rows["field"] = _numbers([fields.index(field) for field in found.fields])[rows["field"]]
         if found.texts is not None:
             names = _numbers([number[text] for text in found.texts] + [-1])  # -1, no label, takes the last one
             rows["label"] = names[rows["label"]]
         data = table.encode(rows)
-        aside = path.with_name(f".{path.name}.part")
+        aside = folder / f"{name}.whole"
         aside.write_bytes(data)
-        aside.replace(path)
+        aside.replace(target / name)
         digest = hashlib.sha256(data).hexdigest()
         shards.append(Shard(found.name, found.samples, found.bytes, found.sha256, digest))
         spans = spans.join(found.spans)
-    found_contents = Contents(
+    known = Contents(
         shards=tuple(shards), classes=classes, fields=fields, spans=spans, reading=reading, options=options,
         report=report,
     )  # fmt: skip
-    contents.write(target / contents.NAME, found_contents)
+    contents.write(target / contents.NAME, known, aside=folder / contents.NAME)
 
 
 def build(
@@ -130,30 +132,37 @@ def build(
     for split, found in zip(splits, shards, strict=True):
         if not found:
             raise ValueError(f"data.path: {split.store.name} holds no .tar files; make them with `tandem data make`")
-    try:
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(_drafts(split.target)) for split in splits]
         with bar("indexing", sum(map(len, shards))) as advance:
-            drafts = [_scan_all(split, found, wanted, advance) for split, found in zip(splits, shards, strict=True)]
-        known = _classes(splits, drafts, wanted, classes, names)
-        for split, (done, passed) in zip(splits, drafts, strict=True):
+            scans = [_scan_all(*each, wanted, advance) for each in zip(splits, folders, shards, strict=True)]
+        known = _classes(splits, [drafts for drafts, _ in scans], wanted, classes, names)
+        for split, folder, (drafts, passed) in zip(splits, folders, scans, strict=True):
             publish(
                 split.target,
-                done,
-                folder=split.target / DRAFTS,
+                drafts,
+                folder=folder,
                 classes=known,
                 reading=wanted.reading,
                 options=split.options,
                 report={**split.report, "passed_over": passed} if passed else split.report,
             )
+
+
+@contextlib.contextmanager
+def _drafts(target: Path) -> Iterator[Path]:
+    target.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=DRAFTS, dir=target))
+    try:
+        yield folder
     finally:
-        for split in splits:
-            shutil.rmtree(split.target / DRAFTS, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _scan_all(
-    split: Split, names: Sequence[str], wanted: Wanted, advance: Callable[[float], None]
+    split: Split, folder: Path, names: Sequence[str], wanted: Wanted, advance: Callable[[float], None]
 ) -> tuple[list[Draft], int]:
     """Drafts in the order of the names, and the number of members that were passed over."""
-    (split.target / DRAFTS).mkdir(parents=True, exist_ok=True)
     unknown = [Shard(name, 0, 0, "", "") for name in names]
     drafts: list[Draft] = []
     passed = 0
@@ -163,7 +172,7 @@ def _scan_all(
             for index, shard in enumerate(unknown):
                 if index % WORKERS == 0:
                     split.store.prepare(unknown[index : index + 2 * WORKERS])
-                waiting.append(pool.submit(_scan_one, split, shard, wanted, advance))
+                waiting.append(pool.submit(_scan_one, split.store, folder, shard, wanted, advance))
                 if len(waiting) > WORKERS or index == len(names) - 1:
                     for _ in range(1 if index < len(names) - 1 else len(waiting)):
                         found, count = waiting.popleft().result()
@@ -174,14 +183,14 @@ def _scan_all(
     return drafts, passed
 
 
-def _scan_one(split: Split, shard: Shard, wanted: Wanted, advance: Callable[[float], None]) -> tuple[Draft, int]:
-    opened = split.store.open(shard)
-    share = 1 / max(1, opened.bytes)
-    where = f"{split.store.name}/{shard.name}"
-    found = scan(opened.fd, where, wanted, advance=lambda count: advance(count * share))
-    opened.close()
+def _scan_one(
+    store: Store, folder: Path, shard: Shard, wanted: Wanted, advance: Callable[[float], None]
+) -> tuple[Draft, int]:
+    with contextlib.closing(store.open(shard)) as opened:
+        share = 1 / max(1, opened.bytes)
+        found = scan(opened.fd, f"{store.name}/{shard.name}", wanted, advance=lambda count: advance(count * share))
     made = draft(
-        split.target / DRAFTS, shard.name, found.rows, size=found.bytes, sha256=found.sha256, fields=found.fields,
+        folder, shard.name, found.rows, size=found.bytes, sha256=found.sha256, fields=found.fields,
         texts=found.texts, spans=found.spans,
     )  # fmt: skip
     return made, found.passed
@@ -189,12 +198,12 @@ def _scan_one(split: Split, shard: Shard, wanted: Wanted, advance: Callable[[flo
 
 def _classes(
     splits: Sequence[Split],
-    drafts: Sequence[tuple[list[Draft], int]],
+    drafts: Sequence[Sequence[Draft]],
     wanted: Wanted,
     known: tuple[str, ...] | None,
     names: tuple[str, ...],
 ) -> tuple[str, ...]:
-    every = [(split, found) for split, (done, _) in zip(splits, drafts, strict=True) for found in done]
+    every = [(split, found) for split, done in zip(splits, drafts, strict=True) for found in done]
     texts = sorted({text for _, found in every for text in found.texts or ()})
     highest = max(found.highest for _, found in every)
     if wanted.label != "auto" and not texts and highest < 0:

@@ -37,8 +37,9 @@ class Contents:
         return sum(shard.samples for shard in self.shards)
 
 
-def write(path: Path, contents: Contents) -> None:
-    """Aside, flushed, renamed. A shard a line."""
+def write(path: Path, contents: Contents, *, aside: Path | None = None) -> None:
+    """Flushed under another name, `aside`, then renamed. A shard a line."""
+    aside = aside or path.with_name(f".{path.name}.part")
     head = {
         "format": FORMAT,
         "samples": contents.samples,
@@ -50,7 +51,6 @@ def write(path: Path, contents: Contents) -> None:
     }
     shards = ",\n".join(f"  {json.dumps(shard._asdict())}" for shard in contents.shards)
     text = f'{json.dumps(head, indent=1)[:-2]},\n "shards": [\n{shards}\n ]\n}}\n'
-    aside = path.with_name(f".{path.name}.part")
     durable.write_text(aside, text)
     aside.replace(path)
     durable.flush(path.parent)
@@ -92,10 +92,14 @@ def _contents(content: Mapping[str, Any]) -> Contents:
     reading = content["reading"]
     return Contents(
         shards=shards,
-        classes=tuple(map(_text, content["classes"])),
-        fields=tuple(map(_text, image["fields"])),
+        classes=_texts(content["classes"]),
+        fields=_texts(image["fields"]),
         spans=Spans(*spans),
-        reading={"image": _text(reading["image"]), "label": _text(reading["label"]), "ignore": reading["ignore"]},
+        reading={
+            "image": _text(reading["image"]),
+            "label": _text(reading["label"]),
+            "ignore": list(_texts(reading["ignore"])),
+        },
         options=dict(content["options"]),
         report=dict(content["report"]),
     )
@@ -107,7 +111,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r:.40} is no list")
+    return tuple(map(_text, values))
+
+
 def _count(value: Any, least: int = 0) -> int:
-    if not isinstance(value, int) or not least <= value <= MOST:
+    if type(value) is not int or not least <= value <= MOST:
         raise TypeError(f"{value!r:.40} is no number from {least} to {MOST}")
     return value

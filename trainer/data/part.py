@@ -72,6 +72,8 @@ def open_part(config: DataConfig, path: str | Path, split: str) -> Part:
 def renew(config: DataConfig, path: str | Path) -> list[Part]:
     """Scans all splits of a set again, whatever index they have. Kept of an old one: the options and report of the
     maker, the names of classes where labels are numbers, and its fields where the config says auto."""
+    if is_folder(path):
+        _finished(Path(path).expanduser())
     with touched.locked(touched.cache_of(config, path)):
         splits = splits_of(config, path)
         old = [_old(open_store(config, path, split)) for split in splits]
@@ -188,7 +190,8 @@ def _find(store: Store, cache: Path, wanted: Wanted, path: str | Path) -> Part |
 
 def _agree(found: Contents, wanted: Wanted, name: str, path: str | Path) -> None:
     """ValueError where the index is of other fields than the config asks for."""
-    if wanted.image != "auto" and wanted.image.lower() not in (*found.fields, found.reading["image"]):
+    image = wanted.image.lower()
+    if image not in ("auto", str(found.reading["image"]).lower()) and found.fields != (image,):
         raise ValueError(
             f"data.image: {wanted.image} is no field of {name} (found: {', '.join(found.fields)}); "
             f"run `tandem data index {path} --image {wanted.image}`, or set data.image to auto"
@@ -207,8 +210,7 @@ def _exists(path: Path, split: str) -> None:
             f"data.path: {path} does not exist; make it with `tandem data make fashion-mnist {path}` "
             f"or `tandem data make folder SRC {path}`"
         )
-    if (path / UNFINISHED).exists():
-        raise ValueError(f"data.path: {path} is unfinished; run the `tandem data make` command that began it again")
+    _finished(path)
     folder = path / split
     if not folder.is_dir():
         found = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -220,6 +222,11 @@ def _exists(path: Path, split: str) -> None:
         raise ValueError(
             f"data.path: {folder} holds no index.json and no .tar files; make them with `tandem data make`"
         )
+
+
+def _finished(path: Path) -> None:
+    if (path / UNFINISHED).exists():
+        raise ValueError(f"data.path: {path} is unfinished; run the `tandem data make` command that began it again")
 
 
 def _check(part: Part, folder: Path | None, config: DataConfig) -> None:

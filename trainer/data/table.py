@@ -132,6 +132,7 @@ def fault(rows: Rows, shard: Shard, *, classes: int, fields: int) -> str | None:
             and (end[:-1] <= begin[1:]).all()
             and ((begin < offset) & (offset <= end)).all()
             and (offset - begin >= tar.BLOCK).all()
+            and not ((begin | offset) % tar.BLOCK).any()
             and ((size >= 0) & (size <= end - offset)).all()
         )
     ):
