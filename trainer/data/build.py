@@ -207,7 +207,7 @@ def _classes(
     texts = sorted({text for _, found in every for text in found.texts or ()})
     highest = max(found.highest for _, found in every)
     if wanted.label != "auto" and not texts and highest < 0:
-        raise ValueError(f"data.label: no sample of {splits[0].store.name} has {wanted.label}")
+        raise ValueError(f"data.label: no sample of {splits[0].store.name} has {wanted.label}; name another or auto")
     if texts and highest >= 0:
         one = next(split for split, found in every if found.highest >= 0)
         raise ValueError(f"data.label: {wanted.label} is text in some shards and a number in others ({one.store.name})")

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,7 +194,7 @@ def _agree(found: Contents, wanted: Wanted, name: str, path: str | Path) -> None
     image = wanted.image.lower()
     if image not in ("auto", str(found.reading["image"]).lower()) and found.fields != (image,):
         raise ValueError(
-            f"data.image: {wanted.image} is no field of {name} (found: {', '.join(found.fields)}); "
+            f"data.image: {wanted.image} is no field of all samples of {name} (found: {', '.join(found.fields)}); "
             f"run `tandem data index {path} --image {wanted.image}`, or set data.image to auto"
         )
     made = str(found.reading["label"])
@@ -219,8 +220,11 @@ def _exists(path: Path, split: str) -> None:
             f"make it with `tandem data make`"
         )
     if not (folder / contents.NAME).exists() and not any(folder.glob("*.tar")):
+        packed = sorted(entry.name for entry in folder.iterdir() if re.search(r"\.(tar\.\w+|tgz|zip)$", entry.name))
+        advice = f"unpack to plain .tar what is compressed, such as {packed[0]}" if packed else ""
         raise ValueError(
-            f"data.path: {folder} holds no index.json and no .tar files; make them with `tandem data make`"
+            f"data.path: {folder} holds no index.json and no .tar files; "
+            f"{advice or 'make them with `tandem data make`'}"
         )
 
 
@@ -240,7 +244,7 @@ def _check(part: Part, folder: Path | None, config: DataConfig) -> None:
     strange = sorted(set(there) - {shard.name for shard in shards})
     if strange:
         raise ValueError(
-            f"{part.store.name}: holds {len(strange)} shards that its index does not name, such as {strange[0]}; "
+            f"{part.store.name}: holds shards that its index does not name ({len(strange)}, such as {strange[0]}); "
             f"{again}, or take them away"
         )
     if folder is not None and sum(table_bytes(shard.samples) for shard in shards) <= AT_ONCE:
