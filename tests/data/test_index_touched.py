@@ -1,6 +1,7 @@
 """Shards that are not those of their index any more: named before the first step, and not looked at twice."""
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,17 @@ def test_a_shard_that_was_written_again_with_the_same_bytes_is_compared_once(mad
     for _ in range(3):
         assert load(made).samples == 9
     assert sorted(compared) == ["0000.tar", "0002.tar"]
+
+
+def test_of_many_processes_one_compares(made: Path, compared: list[str]) -> None:
+    for path in (made / "train").glob("*.tar"):
+        written(path, time.time())
+    threads = [threading.Thread(target=load, args=(made,)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(compared) == ["0000.tar", "0001.tar", "0002.tar"]
 
 
 def test_a_shard_from_the_future_is_compared_once(made: Path, compared: list[str]) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
 from webdataset import tariterators
 
-from tools.shards import check, folder, pack
+from tools.shards import folder, pack
 from tools.shards.make import main
 from trainer.data import ShardsConfig, Stream
 from trainer.data import index as indices
@@ -450,77 +449,11 @@ def test_two_makers_do_not_work_on_one_set(tmp_path: Path) -> None:
         pack._workplace(tmp_path / "out", plan).__enter__()
 
 
-# ------------------------------------------------------------------ check
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    for number in range(12):
-        noisy(tmp_path / "in" / f"{number}.png", number, size=(16, 16))
-    make(tmp_path / "in", tmp_path / "out", "--shard-size", "10KB")
-    return tmp_path / "out"
-
-
-def test_a_whole_set_passes(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check.main([str(made)]) == 0
-    assert check.main([str(made), "--deep"]) == 0
-    said = capsys.readouterr().out
-    assert "12 samples in 4 shards" in said
-    assert "every image decodes" in said
-
-
-def test_a_cut_shard_is_named_with_what_was_expected_and_what_is_there(made: Path) -> None:
-    path = made / "train" / "train-00001.tar"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    pattern = rf"train-00001\.tar: expected 3 samples in {len(whole):,} bytes, found {len(whole) // 2:,} bytes"
-    for call in (lambda: check.main([str(made)]), lambda: indices.load(ShardsConfig(path=made, size=8), "train")):
-        with pytest.raises(ValueError, match=pattern):
-            call()
-
-
-def test_a_missing_shard_is_named(made: Path) -> None:
-    (made / "train" / "train-00002.tar").unlink()
-    with pytest.raises(ValueError, match=r"train-00002\.tar: is missing \(3 samples"):
-        check.main([str(made)])
-
-
-def test_a_changed_byte_is_found_and_every_damaged_shard_is_named(made: Path) -> None:
-    for number in (0, 3):
-        path = made / "train" / f"train-{number:05d}.tar"
-        data = bytearray(path.read_bytes())
-        data[700] ^= 1
-        path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"train-00000\.tar: its bytes changed") as caught:
-        check.main([str(made)])
-    assert "train-00003.tar: its bytes changed" in str(caught.value)
-
-
-def test_offsets_of_another_set_are_refused(made: Path) -> None:
-    (made / "train" / "train-00001.idx.npy").write_bytes((made / "train" / "train-00002.idx.npy").read_bytes())
-    with pytest.raises(ValueError, match=r"train-00001\.idx\.npy: does not belong to index\.json"):
-        check.main([str(made)])
-
-
-def test_deep_checking_decodes_foreign_shards(tmp_path: Path) -> None:
-    (tmp_path / "set" / "train").mkdir(parents=True)
-    with webdataset.TarWriter(str(tmp_path / "set" / "train" / "a.tar")) as writer:
-        writer.write({"__key__": "good", "npy": np.zeros((4, 4, 3), np.uint8)})
-        writer.write({"__key__": "evil", "npy": b"\x93NUMPY what"})
-    assert check.main([str(tmp_path / "set")]) == 0
-    with pytest.raises(ValueError, match=r"a\.tar: evil: is no \.npy"):
-        check.main([str(tmp_path / "set"), "--deep"])
-
-
-def test_checking_nothing_is_an_error(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(ValueError, match=r"tandem data make"):
-            check.main([str(path)])
-
-
 # ------------------------------------------------------------------ command line
-@pytest.mark.parametrize("words", [["make"], ["make", "fashion-mnist"], ["make", "folder"], ["check"]])
+@pytest.mark.parametrize("words", [["make"], ["make", "fashion-mnist"], ["make", "folder"]])
 def test_each_help_shows_an_example(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        (main if words[0] == "make" else check.main)([*words[1:], "--help"])
+        main([*words[1:], "--help"])
     said = capsys.readouterr().out
     assert left.value.code == 0
     assert "example" in said

@@ -6,8 +6,8 @@ of the scan), options and report of the maker, shards (name, samples, bytes, sha
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ class Contents:
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
+
+
+NOTHING = Contents(shards=(), classes=(), fields=(), spans=Spans())
 
 
 def write(path: Path, contents: Contents, *, aside: Path | None = None) -> None:
@@ -72,6 +75,29 @@ def read(path: Path, again: str) -> Contents:
     return found
 
 
+def remains(path: Path) -> Contents:
+    """Of an index of any format, damaged or not, what outlives a renewal: classes, reading, options, report."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = {}
+    if not isinstance(content, dict):
+        content = {}
+    parts: tuple[tuple[str, Callable[[Any], Any], Any], ...] = (
+        ("classes", _texts, []),
+        ("reading", _reading, AS_MADE),
+        ("options", dict, {}),
+        ("report", dict, {}),
+    )
+    kept = {}
+    for name, parse, default in parts:
+        try:
+            kept[name] = parse(content.get(name, default))
+        except (KeyError, TypeError, ValueError):
+            kept[name] = parse(default)
+    return replace(NOTHING, **kept)
+
+
 class _Unfit(Exception):
     """Readable, but not what it must be."""
 
@@ -89,20 +115,19 @@ def _contents(content: Mapping[str, Any]) -> Contents:
         raise _Unfit("names a class twice")
     image = content["image"]
     spans = [None if image[name] is None else Span(*map(_count, image[name])) for name in Spans._fields]
-    reading = content["reading"]
     return Contents(
         shards=shards,
         classes=_texts(content["classes"]),
         fields=_texts(image["fields"]),
         spans=Spans(*spans),
-        reading={
-            "image": _text(reading["image"]),
-            "label": _text(reading["label"]),
-            "ignore": list(_texts(reading["ignore"])),
-        },
+        reading=_reading(content["reading"]),
         options=dict(content["options"]),
         report=dict(content["report"]),
     )
+
+
+def _reading(value: Any) -> dict[str, Any]:
+    return {"image": _text(value["image"]), "label": _text(value["label"]), "ignore": list(_texts(value["ignore"]))}
 
 
 def _text(value: Any) -> str:

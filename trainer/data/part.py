@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from trainer.data import build as building
 from trainer.data import contents, touched
@@ -80,18 +79,23 @@ def renew(config: DataConfig, path: str | Path) -> list[Part]:
         old = [_old(open_store(config, path, split)) for split in splits]
         config = _as_before(config, old)
         wanted = Wanted.of(config)
-        names: list[tuple[str, ...]] = [tuple(map(str, one.get("classes", ()))) for one in old]
         targets = [_target(config, path, split, wanted, one) for split, one in zip(splits, old, strict=True)]
-        building.build(targets, wanted, names=max(names, key=len))
+        building.build(targets, wanted, names=max((one.classes for one in old), key=len))
     if is_folder(path):
         for split in splits:
             (Path(path).expanduser() / split / "index.npz").unlink(missing_ok=True)  # of format 1
     return [open_part(config, path, split) for split in splits]
 
 
-def _as_before(config: DataConfig, old: Sequence[Mapping[str, Any]]) -> DataConfig:
-    readings = [one["reading"] for one in old if isinstance(one.get("reading"), dict)]
-    reading = next((reading for reading in readings if reading != contents.AS_MADE), contents.AS_MADE)
+def _old(store: Store) -> Contents:
+    try:
+        return contents.remains(store.file(contents.NAME))
+    except FileNotFoundError:
+        return contents.NOTHING
+
+
+def _as_before(config: DataConfig, old: Sequence[Contents]) -> DataConfig:
+    reading = next((one.reading for one in old if one.reading != contents.AS_MADE), contents.AS_MADE)
     return replace(
         config,
         image=reading["image"] if config.image == "auto" else config.image,
@@ -111,17 +115,15 @@ def _build(config: DataConfig, path: str | Path, split: str, wanted: Wanted) -> 
                 missing.append(other)
             else:
                 classes = found.contents.classes
-    building.build([_target(config, path, one, wanted, {}) for one in missing], wanted, classes=classes)
+    building.build([_target(config, path, one, wanted, contents.NOTHING) for one in missing], wanted, classes=classes)
 
 
-def _target(config: DataConfig, path: str | Path, split: str, wanted: Wanted, old: Mapping[str, Any]) -> building.Split:
+def _target(config: DataConfig, path: str | Path, split: str, wanted: Wanted, old: Contents) -> building.Split:
     """Beside the shards where that can be written, else in the cache."""
     store = open_store(config, path, split)
     beside = is_folder(path) and os.access(store.name, os.W_OK)
     target = Path(store.name) if beside else _cache(config, path, split, wanted)
-    return building.Split(
-        store=store, target=target, options=dict(old.get("options", {})), report=dict(old.get("report", {}))
-    )
+    return building.Split(store=store, target=target, options=old.options, report=old.report)
 
 
 def splits_of(config: DataConfig, path: str | Path) -> list[str]:
@@ -158,15 +160,6 @@ def _cache(config: DataConfig, path: str | Path, split: str, wanted: Wanted) -> 
     """In the cache each choice of fields has an index of its own."""
     choice = hashlib.sha256(json.dumps(wanted.reading).encode()).hexdigest()[:8]
     return touched.cache_of(config, path) / choice / split
-
-
-def _old(store: Store) -> dict[str, Any]:
-    """What an index of any format says; {} where there is none or it cannot be read."""
-    try:
-        found = json.loads(store.file(contents.NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _find(store: Store, cache: Path, wanted: Wanted, path: str | Path) -> Part | None:
@@ -248,5 +241,12 @@ def _check(part: Part, folder: Path | None, config: DataConfig) -> None:
             f"{again}, or take them away"
         )
     if folder is not None and sum(table_bytes(shard.samples) for shard in shards) <= AT_ONCE:
-        for shard in shards:
-            part.table(shard)
+        touched.refuse([fault for shard in shards if (fault := _damage(part, shard))])
+
+
+def _damage(part: Part, shard: Shard) -> str | None:
+    try:
+        part.table(shard)
+    except ValueError as error:
+        return str(error)
+    return None

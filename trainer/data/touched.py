@@ -60,12 +60,12 @@ def verify(folder: Path, tables: Path, shards: Sequence[Shard], config: Reading,
     seen = _look(folder, [shard.name for shard in shards])
     beside = _look(tables, [table_name(shard.name) for shard in shards])
     faults = [fault for shard, found in zip(shards, seen, strict=True) if (fault := size_fault(folder, shard, found))]
-    _refuse(faults)
+    refuse(faults)
     for shard, found in zip(shards, beside, strict=True):
         if found.bytes != table_bytes(shard.samples):
             what = "is missing" if found.bytes < 0 else f"has {found.bytes:,} bytes, not those of its samples"
             faults.append(f"{tables / table_name(shard.name)}: {what}; copy it beside index.json, or {again}")
-    _refuse(faults)
+    refuse(faults)
     if config.verify == "size":
         return
     touched = [number for number in range(len(shards)) if seen[number].time >= beside[number].time]
@@ -135,7 +135,7 @@ def _compare(folder: Path, tables: Path, shards: Sequence[Shard], touched: list[
                 aside = cache / f".{MARKS}.part"
                 aside.write_text(json.dumps(marks), encoding="utf-8")
                 aside.replace(cache / MARKS)
-        _refuse(faults)
+        refuse(faults)
 
 
 def _known(folder: Path, tables: Path, shard: Shard, marks: Mapping[str, list[int | str]]) -> bool:
@@ -163,7 +163,8 @@ def _marks(cache: Path) -> dict[str, list[int | str]]:
     return found if isinstance(found, dict) else {}
 
 
-def _refuse(faults: Sequence[str]) -> None:
+def refuse(faults: Sequence[str]) -> None:
+    """ValueError with the first of them, where there are any."""
     if faults:
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         raise ValueError("\n".join([*faults[:SHOWN], *more]))
