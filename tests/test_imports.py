@@ -42,11 +42,12 @@ ONLY_IN = {
     "submitit": ("launch",),
     "fsspec": ("trainer.data.remote",),
     "aiohttp": ("trainer.data.remote",),
+    "litdata": ("tools.bench.data.peer",),  # peers to measure against, each in a process of its own
+    "streaming": ("tools.bench.data.peer",),  # that needs torchvision, for which its process has a stand-in
 }
 NOWHERE = {
     "torchvision": "does not load beside the tested torch",
     "torchcodec": "does not load beside the tested torch",
-    "streaming": "needs torchvision",
     "pickle": "executes what it reads",
     "cloudpickle": "executes what it reads",
     "dill": "executes what it reads",

@@ -4,6 +4,7 @@ RULES says how each command is run. A command that no rule knows fails, and so d
 """
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -121,13 +122,13 @@ def board_shown(words: list[str], work: Path) -> None:
 
 
 def benchmarked(words: list[str], work: Path) -> None:
-    """Its options and models exist; tests/tools/test_bench.py runs it, which takes minutes as a page has it."""
-    from tools.bench import train
-
+    """Its options and models exist; tests/tools/test_bench*.py run it, which takes minutes as a page has it."""
+    at = 4 if words[2].endswith("data") else 3  # after the verb
+    module = importlib.import_module(".".join([words[2], *words[3:at]]))
     told = io.StringIO()
     with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
-        train.main(["--help"])
-    parts = {part for word in words[3:] for part in ([word] if word.startswith("--") else word.split(",")) if part}
+        module.main(["--help"])
+    parts = {part for word in words[at:] for part in ([word] if word.startswith("--") else word.split(",")) if part}
     unknown = [part for part in parts if part[0].isalpha() and "." not in part and part not in told.getvalue()]
     unknown += [part for part in parts if part.startswith("--") and part not in told.getvalue()]
     assert not unknown, f"{unknown} are not in the help"
@@ -188,7 +189,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"(accelerate launch|torchrun|python) .*-m trainer .*": launched,
     r"accelerate launch --cpu --num_processes 2": refused,
     r"python -X dev -m launch\.cli \.\.\.": lambda words, work: program([*words[:-1], "env"], work) and None,
-    r"python -m tools\.bench\.train.*": benchmarked,
+    r"python -m tools\.bench\.(train|data (plan|read)).*": benchmarked,
     r"python -m tools\.quality .*": measured,
     r"python -m tools\.soak\.data .*": soaked,
     r"make .*": made,
