@@ -192,6 +192,34 @@ def test_closing_does_not_wait_for_a_reader_that_is_stuck(shards: Path, monkeypa
     release.set()
 
 
+def test_closing_releases_a_reader_that_waits_for_a_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "PATIENCE", 60.0)  # a reader that is not released fails the test by its time limit
+    released, waiting = threading.Event(), threading.Event()
+    opening, closing = Local.open, Local.close
+    known: set[str] = set()
+
+    def open_slowly(self: Local, shard: Any) -> Any:
+        known.add(shard.name)
+        if len(known) > 1:
+            waiting.set()
+            assert released.wait(50)
+            raise ValueError("closed meanwhile")
+        return opening(self, shard)
+
+    def close(self: Local) -> None:
+        released.set()
+        closing(self)
+
+    one = stream(shards, batch=5, window=1, readers=1, prefetch=3)
+    monkeypatch.setattr(Local, "open", open_slowly)
+    monkeypatch.setattr(Local, "close", close)
+    batches = one.batches(0)
+    next(batches)
+    assert waiting.wait(20)
+    one.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
+
+
 # ------------------------------------------------------------------ errors
 def test_an_error_in_a_reader_arrives_at_its_batch_with_shard_and_key(shards: Path) -> None:
     def meet(number: int) -> None:

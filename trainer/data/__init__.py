@@ -4,6 +4,7 @@ from trainer.data.batch import Batch, RawBatch
 from trainer.data.config import DataConfig, MixtureConfig, ShardsConfig
 from trainer.data.device import Feed, Transform, to_device
 from trainer.data.pixels import to_float, to_uint8
+from trainer.data.samples import Samples
 from trainer.data.stream import Stream
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Feed",
     "MixtureConfig",
     "RawBatch",
+    "Samples",
     "ShardsConfig",
     "Stream",
     "Transform",

@@ -118,9 +118,9 @@ class Stream:
 
     def close(self) -> None:
         """Ends the readers; iterators of this stream are at their end."""
+        self.index.close()  # first: a reader that waits for a shard from afar waits no longer
         for running in list(self._open):
             running.close()
-        self.index.close()
 
     def _run(self, source: Training | Evaluation, *, here: Shards, after: Shards) -> Generator[RawBatch, None, None]:
         def prepared(requests: Iterator[Request]) -> Iterator[Request]:
