@@ -5,7 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tools.soak import reference
@@ -19,7 +19,8 @@ SETS = st.lists(
     min_size=1, max_size=4,
 )  # fmt: skip
 Sets = list[tuple[list[int], float]]
-FEW = settings(deadline=None, max_examples=20)  # a block is 4096 positions
+# a block is 4096 positions: to look for a smaller example would take longer than a test may
+FEW = settings(deadline=None, max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 def mixture(sets: Sets, *, seed: int, window: int | None) -> Mixture:
