@@ -19,7 +19,7 @@ LABEL_FIELD = "cls"
 _LOADED = "pkl pickle pyd pth pt ckpt p joblib dill cloudpickle"  # run what they hold, once they are loaded
 _OTHER = "ten tenbin tb mp msg msgpack cbor npz h5 hdf5 mat"  # of webdataset's own decoders, and their like
 _PACKED = "gz tgz bz2 xz lzma zst zstd lz4 br z zip 7z rar tar"  # may unpack to anything
-_PROGRAMS = "py pyc pyo so dll dylib exe com bat cmd sh ps1 jar js wasm"
+_PROGRAMS = "ps eps py pyc pyo so dll dylib exe com bat cmd sh ps1 jar js wasm"
 REFUSED = frozenset(f"{_LOADED} {_OTHER} {_PACKED} {_PROGRAMS}".split())
 """Extensions of members that nobody needs for training: passed over only where data.ignore lists the field."""
 MOST_CLASSES = 1_000_000
