@@ -29,6 +29,9 @@ def made(tmp_path: Path, write_set: Write) -> Path:
     load(tmp_path / "set")
     for path in (tmp_path / "set" / "train").glob("*.tar"):
         written(path, time.time() - 60)
+    time.sleep(0.02)  # a tick of the file system's clock: its tables are later than they
+    for path in (tmp_path / "set" / "train").glob("*.npy"):
+        os.utime(path)
     return tmp_path / "set"
 
 
@@ -70,6 +73,14 @@ def test_a_shard_that_changed_in_place_is_named(made: Path, compared: list[str])
         ):
             load(made)
     assert compared == ["0001.tar"] * 2
+
+
+def test_a_shard_that_changed_and_kept_its_time_is_named(made: Path) -> None:
+    shard = made / "train" / "0001.tar"
+    flip(shard)
+    written(shard, time.time() - 10**8)  # as cp -p, rsync -t and tar -x leave it
+    with pytest.raises(ValueError, match=r"0001\.tar: its bytes changed"):
+        load(made)
 
 
 def test_every_shard_that_changed_is_counted(made: Path) -> None:

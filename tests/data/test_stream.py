@@ -204,6 +204,19 @@ def test_too_many_bad_samples_stop_the_run_and_name_one(damaged: Path, cache: in
         list(islice(stream(damaged, batch=4, cache_mb=cache).batches(0), 10))
 
 
+@pytest.mark.parametrize("cache", [0, 64])
+def test_one_bad_sample_is_always_allowed_and_no_second(
+    tmp_path: Path, write_set: Callable[..., Path], cache: int
+) -> None:
+    options = {"cache_mb": cache, "max_bad_fraction": 0.001}  # of 20 samples: less than one
+    one = stream(write_set(tmp_path / "one", [12, 8], bad={3: b""}), batch=4, **options)
+    assert sum(len(raw.index) for raw in islice(one.batches(0), 5)) == 20
+    assert one.bad == 1
+    two = stream(write_set(tmp_path / "two", [12, 8], bad={3: b"", 9: b""}), batch=4, **options)
+    with pytest.raises(ValueError, match=r"2 of 20 samples are bad"):
+        list(islice(two.batches(0), 5))
+
+
 # ------------------------------------------------------------------ memory and shards
 def test_memory_holds_what_the_shards_hold_whatever_the_layout(
     tmp_path: Path, tar_of: Callable[..., Path], number_of: Callable[[object], list[int]]

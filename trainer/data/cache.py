@@ -37,8 +37,12 @@ class Changed(Exception):
     """The source gives other bytes than the index says; the text completes `FILE: ...`."""
 
 
-class Unwritable(ValueError):
-    """The cache's folder cannot be written; the text says which, why and what to do."""
+class NoRoom(ValueError):
+    """The cache cannot take a file; the text says why and what to do."""
+
+
+Grant = Callable[[int], int]
+"""Asked whether a file may have so many bytes: raises ValueError, or returns how many it may have."""
 
 
 class Part:
@@ -48,19 +52,35 @@ class Part:
         """size: bytes that it will have; None: not known yet."""
         self.path, self.size, self._file, self._stopped = path, size, file, stopped
         self.bytes = os.fstat(file).st_size
+        self.grant: Grant | None = None
+        """Asked as the file grows and no index gives its size."""
+        self._granted = 0
 
     def write(self, block: bytes | memoryview) -> None:
-        """Appends. Changed where that is more than the file may have, Unwritable where the disk is full."""
+        """Appends. Changed where that is more than the file may have, NoRoom where the disk is full."""
         if self._stopped():
             raise Stopped
         if self.size is not None and self.bytes + len(block) > self.size:
             raise Changed(f"gives more than the {self.size:,} bytes of its index")
+        self._ask(self.bytes + len(block))
         rest = memoryview(block)
         while len(rest):
             with explained(self.path.parent):
                 written = os.pwrite(self._file, rest, self.bytes)
             self.bytes += written
             rest = rest[written:]
+
+    def expect(self, size: int) -> None:
+        """Changed where the source's size is not the index's; taken over where none is known."""
+        if self.size is None:
+            self._ask(size)
+            self.size = size
+        elif self.size != size:
+            raise Changed(f"has {size:,} bytes, its index says {self.size:,}")
+
+    def _ask(self, size: int) -> None:
+        if self.grant is not None and size > self._granted:
+            self._granted = self.grant(size)
 
     def restart(self) -> None:
         os.ftruncate(self._file, 0)
@@ -119,7 +139,7 @@ class Cache:
         except FileNotFoundError:
             return None
         except (NotADirectoryError, PermissionError) as error:
-            raise _unwritable(self.root, error) from None
+            raise _no_room(self.root, error) from None
         lock(found.fd, fcntl.LOCK_SH, self.root)
         if found.bytes != size:  # somebody cut it
             path.unlink(missing_ok=True)
@@ -160,13 +180,13 @@ class Cache:
                 )
             time.sleep(_LOOK)
 
-    def make_room(self, part: Part, *, keep: Collection[Path]) -> None:
-        """Removes the files that were used longest ago, but for `keep`, until this one fits: first those that nobody
-        reads, then the others too (an open file stays whole for its readers). ValueError where that is not enough."""
+    def make_room(self, part: Part, size: int, *, keep: Collection[Path]) -> None:
+        """Removes the files that were used longest ago, but for `keep`, until this one of `size` bytes fits: first
+        those that nobody reads, then the others too (an open file stays whole for its readers). ValueError where that
+        is not enough."""
         entries = sorted(self._entries())
-        size = part.size or part.bytes
         free = shutil.disk_usage(self.folder).free
-        excess = sum(entry.bytes for entry in entries) - self.limit
+        excess = sum(entry.bytes for entry in entries if entry.path != part.path) + size - self.limit
         missing = size - part.bytes - free
         entries = [entry for entry in entries if entry.path != part.path and entry.path not in keep]
         if max(excess, missing) <= sum(entry.bytes for entry in entries):
@@ -179,12 +199,13 @@ class Cache:
                         missing -= entry.bytes
                 entries = [entry for entry in entries if entry.path.exists()]
         if excess > 0:
-            raise ValueError(
+            raise NoRoom(
                 f"data.remote.cache_gb: {self.limit / 1e9:g} cannot hold the shards in use and {part.path.name} "
-                f"({size / 1e9:.3g} GB): {excess / 1e9:.3g} GB too little; raise it, or lower data.window"
+                f"({size / 1e9:.3g} GB), {excess / 1e9:.3g} GB too much; it must hold two windows of shards: raise it, "
+                "or lower data.window"
             )
         if missing > 0:
-            raise ValueError(
+            raise NoRoom(
                 f"data.remote.cache: {self.root} has {free / 1e9:.3g} GB free, {part.path.name} needs "
                 f"{size / 1e9:.3g}; free some or name a folder on another disk"
             )
@@ -247,11 +268,11 @@ def explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise _no_room(folder, error) from None
 
 
-def _unwritable(folder: Path, error: OSError) -> Unwritable:
-    return Unwritable(
+def _no_room(folder: Path, error: OSError) -> NoRoom:
+    return NoRoom(
         f"data.remote.cache: {folder} cannot be used ({error.strerror}); name another folder, or free its disk"
     )
 

@@ -54,7 +54,7 @@ class Reading:
     size: int | tuple[int, int]
     """Pixels that the networks see: a side of square images, or (height, width)."""
     channels: Literal[1, 3] = 3
-    """1: grey, 3: colour. Grey images are repeated where 3 are asked for; colour is refused where 1 is."""
+    """1: grey, 3: colour. Grey images among coloured ones are repeated; a set that is all grey wants 1."""
     fit: Fit = "exact"
     """From the images of the shards to `size`. exact: they must be of that size. resize: scaled (antialiased) until
     `size` is just covered, the centre cut out. center, random: that part cut out unscaled; random by position, and the

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from trainer.data.cache import Cache, Changed, Part, Stopped, touch
+from trainer.data.cache import Cache, Changed, NoRoom, Part, Stopped, touch
 from trainer.data.config import RemoteConfig
 from trainer.data.store import OpenShard, advise
 
@@ -21,6 +21,8 @@ T = TypeVar("T")
 _LEAST = 64 << 10  # bytes that make a broken request count as a good one
 _LONGEST = 60.0  # s of a pause
 _STARTS = 60  # the first pause is this part of data.remote.timeout
+_SMALL = 256 << 20  # bytes of index.json or a table: a million shards, or six million samples of one
+_STEP = 16 << 20  # bytes of a file of unknown size for which room is made at a time
 
 
 class TryAgain(Exception):
@@ -129,7 +131,10 @@ class Fetched:
                 if shard.name in self._unknown:  # fetched while this thread waited
                     return None
                 part.restart()  # what another process left may be of another file
-            self._cache.make_room(part, keep=self._window)
+            if part.size is None:
+                part.grant = lambda wanted: self._room(part, wanted + _STEP)
+            else:
+                self._room(part, part.size)
             if self._differs(part, shard, where) and (problem := self._differs(part, shard, where)):
                 raise ValueError(
                     f"{where}: {problem}, and so it was when it was fetched again: it changed since its index was "
@@ -143,6 +148,10 @@ class Fetched:
             return part.finish(path, where)
         finally:
             part.close()
+
+    def _room(self, part: Part, size: int) -> int:
+        self._cache.make_room(part, size, keep=self._window)
+        return size
 
     def _differs(self, part: Part, shard: "Shard", where: str) -> str | None:
         """Fetches what is missing; in what the whole differs from its index. It is then forgotten."""
@@ -171,9 +180,17 @@ class Fetched:
         if part is None:
             assert path is not None
             return path  # another process or thread has fetched it meanwhile
+        where = f"{self.name}/{name}"
+
+        def small(wanted: int) -> int:
+            if wanted > _SMALL:
+                raise NoRoom(f"{where}: is larger than {_SMALL:,} bytes, which no index is")
+            return _SMALL
+
+        part.grant = small
         try:
             part.restart()  # what another process left may be of another file
-            self._complete(part, name, f"{self.name}/{name}")
+            self._complete(part, name, where)
             path = path or self._cache.folder / part.sha256()[:16] / name
             part.finish(path, name).close()
             return path

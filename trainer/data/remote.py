@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from trainer.data.cache import Changed, Part, Stopped, Unwritable
+from trainer.data.cache import Changed, NoRoom, Part, Stopped
 from trainer.data.fetched import TryAgain
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class Remote:
         if part.bytes == 0:
             size = self._call(where, self._fs.info, path).get("size")
             if size is not None:
-                _agree(part, size)
+                part.expect(size)
                 stop = min(stop, size)
         start = part.bytes
         try:
@@ -126,7 +126,7 @@ class Remote:
         """The result of a request, its errors in our words."""
         try:
             return request()
-        except (TryAgain, Changed, Stopped, Unwritable, NotImplementedError):
+        except (TryAgain, Changed, Stopped, NoRoom, NotImplementedError):
             raise
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise FileNotFoundError(f"{where}: is not there") from None
@@ -191,7 +191,7 @@ def _first(answer: Any, part: Part, start: int) -> int | None:
         if not found or found[1] is None or int(found[1]) != start:
             raise TryAgain("answered with another range than was asked for")
         if found[2] != "*":
-            _agree(part, int(found[2]))
+            part.expect(int(found[2]))
         return 0
     if answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         if part.size is not None and part.size > 0:
@@ -201,16 +201,8 @@ def _first(answer: Any, part: Part, start: int) -> int | None:
         pause = answer.headers.get("Retry-After", "")
         raise _Answered(answer.status, float(pause) if pause.isdecimal() else 0.0)
     if answer.content_length is not None and "Content-Encoding" not in answer.headers:
-        _agree(part, answer.content_length)
+        part.expect(answer.content_length)
     return start
-
-
-def _agree(part: Part, size: int) -> None:
-    """Changed where the source's size is not the index's; taken over where none is known."""
-    if part.size is None:
-        part.size = size
-    elif part.size != size:
-        raise Changed(f"has {size:,} bytes, its index says {part.size:,}")
 
 
 def _explained(where: str, error: Exception) -> Exception:

@@ -24,7 +24,9 @@ MARKS = "checked.json"
 
 
 class Seen(NamedTuple):
-    """A file's size in bytes and the time in ns that it was written; -1 where there is none."""
+    """A file's size in bytes and the time in ns of its last change; -1 where there is none.
+
+    The later one of mtime and ctime: a copy may keep the old mtime (cp -p, rsync -t, tar -x), nobody sets a ctime."""
 
     bytes: int
     time: int
@@ -111,7 +113,7 @@ def _see(path: str) -> Seen:
         found = os.stat(path)  # noqa: PTH116  a hundred thousand of them
     except FileNotFoundError:
         return Seen(-1, -1)
-    return Seen(found.st_size, found.st_mtime_ns)
+    return Seen(found.st_size, max(found.st_mtime_ns, found.st_ctime_ns))
 
 
 def _compare(folder: Path, tables: Path, shards: Sequence[Shard], touched: list[int], cache: Path) -> None:
