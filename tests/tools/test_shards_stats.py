@@ -16,6 +16,7 @@ from scipy.stats import chi2_contingency
 from tests import starts
 from tests.tools.pictures import Pixels, encoded, enlarged, holds, leaves, write_set
 from tools.shards import classes, stats
+from tools.shards.make import main as make
 from tools.shards.measure import Moments
 from tools.shards.sheet import CELL, fit
 from tools.shards.walk import Chunk, spread, walk
@@ -53,6 +54,31 @@ def test_fashion_mnist_has_the_figures_that_are_known(fashion: Path, ask: Ask) -
     assert found["copies"]["exact"]["groups"] == 0  # not one; but dozens of shirts differ by next to nothing
     assert 40 < found["copies"]["near"]["pairs"] < 120
     assert train["grids"] == {} and found["warnings"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["emoji", "--style", "google"],
+        ["emoji", "--style", "twitter"],
+        ["emoji", "--style", "pairs"],
+        ["faces-drawn", "--count", "1200"],
+        ["faces-drawn", "--count", "800", "--size", "128"],
+        ["faces-drawn", "--count", "600", "--size", "48", "--style", "personas"],
+        ["faces-drawn", "--count", "600", "--style", "notionists"],
+        ["photos", "--count", "1200", "--size", "64"],
+        ["photos", "--count", "400"],
+    ],
+    ids=" ".join,
+)
+def test_no_set_of_ours_is_accused_of_a_grid(words: list[str], tmp_path: Path, ask: Ask) -> None:
+    assert make([*words[:1], str(tmp_path / "set"), *words[1:]]) == 0
+    found = ask(tmp_path / "set")
+    assert not any("grid" in text for text in found["warnings"])
+    # photographs came as JPEG of good quality, and show it where they are unscaled
+    wanted = {"8"} if words[0] == "photos" else set()
+    assert all(set(split["grids"] or {}) <= wanted for split in found["splits"].values())
 
 
 def test_copies_are_named_within_and_between_splits(pictures: list[Pixels], tmp_path: Path, ask: Ask) -> None:
@@ -125,7 +151,8 @@ def test_frames_grids_and_grey_are_warned_of(pictures: list[Pixels], tmp_path: P
     assert list(train["grids"]) == ["2"]
     text = "\n".join(found["warnings"])
     assert "25.0% of the images have a frame" in text
-    assert "a grid of 2 pixels" in text and "the colour images are grey" in text
+    assert "a grid of 2 pixels" in text and "or drawings on one raster" in text
+    assert "the colour images are grey" in text
 
 
 def test_images_of_mixed_sizes_channels_and_kinds_are_measured(tmp_path: Path, ask: Ask) -> None:

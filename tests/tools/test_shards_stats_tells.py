@@ -77,6 +77,42 @@ def test_a_grid_is_told_with_its_period_and_well_above_the_threshold(what: str, 
     assert found[period] > 1.5 * tells.DEPTH
 
 
+def faces(generator: np.random.Generator, size: int, count: int) -> list[Pixels]:
+    """Drawings on a plain ground, in one frame of reference: ears, eyes and shoulders are at the same columns in all."""
+    found = []
+    for _ in range(count):
+        image = np.full((4 * size, 4 * size, 3), 255, np.uint8)  # drawn large and reduced: smooth edges
+        skin, hair, dress = (tuple(int(part) for part in generator.integers(40, 230, 3)) for _ in range(3))
+        unit = size // 2
+        top = int(generator.integers(0, unit))
+        shoulder = 5 * unit + int(generator.integers(0, unit))
+        cv2.rectangle(image, (2 * unit, shoulder), (6 * unit - 1, 8 * unit), dress, -1)
+        cv2.ellipse(image, (4 * unit, 3 * unit + top), (2 * unit, 2 * unit), 0, 0, 360, hair, -1)
+        cv2.ellipse(image, (4 * unit, 4 * unit + top // 2), (unit, unit + top // 2), 0, 0, 360, skin, -1)
+        for eye in (3 * unit, 4 * unit):
+            height = 3 * unit + int(generator.integers(0, unit))
+            cv2.rectangle(image, (eye + unit // 4, height), (eye + unit // 2, height + unit // 3), (20, 20, 20), -1)
+        found.append(np.asarray(cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)))
+    return found
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_drawings_in_one_frame_of_reference_have_no_grid(size: int) -> None:
+    drawn = faces(np.random.default_rng(1), size, COUNT)
+    assert tells.frames(grey(drawn)).plain.all()
+    depth = judged(drawn).depth()
+    assert depth is not None and depth[:2].max() > tells.DEPTH  # along one axis
+    assert judged(drawn).found(drawn=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("factor", "way"), [(2, Way.NEAREST), (2, Way.BILINEAR), (2, Way.BICUBIC), (4, Way.NEAREST), (4, Way.BICUBIC)]
+)
+def test_enlarged_drawings_have_the_grid_of_their_factor(factor: int, way: Way) -> None:
+    drawn = [enlarged(image, factor, way) for image in faces(np.random.default_rng(1), 32, COUNT)]
+    assert list(judged(drawn).found(drawn=True) or {}) == [factor]
+
+
 def test_strong_compression_is_told_from_good_quality(clean: dict[int, list[Pixels]]) -> None:
     depth = {q: (judged([jpeg(image, q) for image in clean[128]]).found() or {}).get(8, 0) for q in (95, 85, 50, 10)}
     assert depth[95] < depth[85] < tells.BLOCKS < depth[50] < depth[10]

@@ -16,7 +16,11 @@ COPIES = 5
 """Groups and pairs that are shown; the JSON has more."""
 BAR = 30  # characters
 Figures = Mapping[str, Any]
-PERIODS = {"8": "blocks of JPEG", "4": "enlarged 4 times", "2": "enlarged 2 times, or a network's pattern"}
+PERIODS = {
+    "8": "as JPEG's blocks",
+    "4": "as enlargement 4 times",
+    "2": "as enlargement 2 times, or a network's pattern",
+}
 
 
 def show(found: Figures) -> None:
@@ -169,7 +173,7 @@ def _grids(found: Mapping[str, float] | None) -> str:
 
 def _cause(period: str, depth: float) -> str:
     weak = period == "8" and depth < tells.BLOCKS
-    return PERIODS[period] + (" of good quality" if weak else "")
+    return PERIODS[period] + (", of good quality" if weak else "")
 
 
 def copy_rows(found: Figures, *, between: str = " ") -> Iterator[tuple[str, str]]:

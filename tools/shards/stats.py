@@ -145,7 +145,8 @@ def _figures(index: "Index", balance: "Balance", measured: "Measured") -> dict[s
 
 def _grids(measured: "Measured") -> dict[str, float] | None:
     """Period in pixels to depth; None: the images are too few, too small or too smooth to judge."""
-    found = None if measured.grid is None else measured.grid.found()
+    drawn = 2 * measured.plain > measured.images
+    found = None if measured.grid is None else measured.grid.found(drawn=drawn)
     return None if found is None else {str(period): round(depth, 3) for period, depth in found.items()}
 
 

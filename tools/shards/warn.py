@@ -63,12 +63,13 @@ def _classes(split: Figures, path: str) -> Iterator[str]:
 
 def _grids(grids: Mapping[str, float]) -> Iterator[str]:
     for period, depth in grids.items():
+        what = f"a grid of {period} pixels ({depth:.0%}), which a generator learns"
         if period == "8" and depth >= tells.BLOCKS:
-            yield f"a grid of 8 pixels ({depth:.0%}): strong JPEG compression, whose blocks a generator learns"
+            yield f"{what}: strong JPEG compression leaves such a one, or drawings on one raster"
         elif period != "8":
             yield (
-                f"a grid of {period} pixels ({depth:.0%}): images were enlarged {period} times or come from a network, "
-                "and a generator learns it; a smaller data.size may lose nothing"
+                f"{what}: enlargement {period} times leaves such a one, a network, or drawings on one raster; where the "
+                "images were enlarged a smaller data.size loses nothing"
             )
 
 
