@@ -1,6 +1,8 @@
 """The bench of the plan measures what it says: real requests, and an index that the data plane accepts."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from tools.bench.data.__main__ import main
 from trainer.data import ShardsConfig
 from trainer.data import index as indices
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--samples", "2000", "--shards", "40", "--ranks", "8", "--share", "5", "--window", "3", "--count", "4"]
 
 
@@ -56,3 +59,13 @@ def test_a_bench_that_there_is_not_is_refused() -> None:
         main(["write"])
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "--samples", "3", "--shards", "4"])
+
+
+@pytest.mark.slow
+def test_a_billion_samples_in_a_hundred_thousand_shards_take_less_than_256_mib(tmp_path: Path) -> None:
+    """In a process of its own: what other tests hold does not count."""
+    done = subprocess.run([sys.executable, "-m", "tools.bench.data", "plan"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1,000,000,000 samples in 100,000 shards, window 4, 4,096 ranks")
+    found = re.search(r"^memory of plan and index: (\d+) MiB$", done.stdout, flags=re.MULTILINE)
+    assert found and int(found[1]) < 256
