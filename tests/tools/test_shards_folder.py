@@ -114,7 +114,7 @@ def test_images_beside_the_class_folders_have_no_class(tmp_path: Path, capsys: p
     picture(tmp_path / "in" / "top.png")
     make(tmp_path / "in", tmp_path / "out")
     assert "cls" not in by_path(tmp_path / "out" / "train")["top.png"]
-    assert "1 images lie beside the class folders" in capsys.readouterr().out
+    assert "1 image lies beside the class folders" in capsys.readouterr().out
 
 
 def test_links_are_followed_inside_the_folder_only(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_16_bit_is_reduced_and_counted(tmp_path: Path, capsys: pytest.CaptureFix
     make(tmp_path / "in", tmp_path / "out", "--format", "npy")
     found = decode(by_path(tmp_path / "out" / "train")["x.png"]["npy"], "npy", channels=1, max_pixels=10**6)  # type: ignore[arg-type]
     assert np.array_equal(found[0, :, 0], np.arange(256))
-    assert "1 images reduced from 16 to 8 bit" in capsys.readouterr().out
+    assert "1 image reduced from 16 to 8 bit" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ bad files
@@ -250,6 +250,7 @@ def test_bad_images_are_left_out_and_named(tmp_path: Path, capsys: pytest.Captur
     assert "left out: train: empty.png: is empty" in said
     assert "left out: train: text.png: is no image of a known format" in said
     assert len(by_path(tmp_path / "out" / "train")) == 8
+    assert "packed 8 train images, 4 left out; 0 classes;" in said
     assert len(content(tmp_path / "out" / "train")["report"]["left_out"]) == 4  # type: ignore[index]
 
 

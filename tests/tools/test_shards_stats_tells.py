@@ -78,7 +78,7 @@ def test_a_grid_is_told_with_its_period_and_well_above_the_threshold(what: str, 
 
 
 def faces(generator: np.random.Generator, size: int, count: int) -> list[Pixels]:
-    """Drawings on a plain ground, in one frame of reference: ears, eyes and shoulders are at the same columns in all."""
+    """Drawings on a plain ground, in one frame of reference: eyes and shoulders are at the same columns in all."""
     found = []
     for _ in range(count):
         image = np.full((4 * size, 4 * size, 3), 255, np.uint8)  # drawn large and reduced: smooth edges

@@ -17,6 +17,7 @@ from PIL import Image
 from tools.shards import named
 from tools.shards.encode import SMALL, Encoded, encode
 from tools.shards.pack import Bar, LeftOut, Packed, Plan, complete, pack
+from tools.shards.words import counted
 from trainer.data import convert
 from trainer.data.convert import Undecodable
 
@@ -236,30 +237,30 @@ def make(
     if complete(dest, tuple(wanted.splits), wanted.options):
         return say(f"{dest}: already complete; nothing was written")
     with bar(sum(map(len, wanted.splits.values()))) as advance, _our_pixel_limit():
-        report = pack(
+        made = pack(
             dest, wanted, Encode(source, options), shard_bytes=options.shard_size, workers=options.workers,
             max_bad=options.max_bad, advance=advance,
         )  # fmt: skip
-    for line in _summary(report):
+    for line in _summary(made.report):
         say(line)
-    counts = {split: len(items) for split, items in wanted.splits.items()}
-    left = f", {len(report['left_out'])} left out" if report["left_out"] else ""
-    total = " and ".join(f"{count:,} {split}" for split, count in counts.items())
-    return say(f"{dest}: packed {total} images{left}; {len(wanted.classes)} classes; the report is in index.json")
+    return say(f"{dest}: {named.packed(made, 'images', wanted.classes)}; the report is in index.json")
 
 
 def _summary(report: dict[str, Any]) -> Iterator[str]:
     yield from named.told(report)
-    for key, text in (
-        ("hidden", "hidden files and folders"),
-        ("links", "links that leave the folder or lead to folders"),
+    for key, one, many in (
+        ("hidden", "hidden file or folder", "hidden files and folders"),
+        ("links", "link that leaves the folder or leads to one", "links that leave the folder or lead to folders"),
     ):
         if names := report[key]:
-            yield f"skipped {len(names):,} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-    if report["not_images"]:
-        yield f"{report['not_images']:,} files skipped that are no images by their extension"
-    if report["without_class"]:
-        yield f"{report['without_class']:,} images lie beside the class folders and have no class"
+            some = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            yield f"skipped {counted(len(names), one, many)}: {some}"
+    if count := report["not_images"]:
+        one, many = "is no image by its extension", "are no images by their extension"
+        yield f"{counted(count, 'file')} skipped that {one if count == 1 else many}"
+    if count := report["without_class"]:
+        one, many = "image lies beside the class folders and has", "images lie beside the class folders and have"
+        yield f"{counted(count, one, many)} no class"
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """What the named sets share: the options that decide their bytes, and the way from a plan to a finished set."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tools.shards.pack import Bar, Item, LeftOut, Packed, Plan, complete, pack
+from tools.shards.pack import Bar, Item, LeftOut, Made, Packed, Plan, complete, pack
+from tools.shards.words import counted
 
 SHARED = ("size", "format", "val_fraction", "shard_size", "shuffle", "seed")
 SHOWN = 10  # names of left-out images on the terminal; the index names all
@@ -37,24 +38,30 @@ def finish(
     """Packs the plan, and says what was made. max_bad: share of images that may be left out; none of a source that was
     checked."""
     with bar(sum(map(len, plan.splits.values()))) as advance:
-        report = pack(
+        made = pack(
             options.dest, plan, encode, shard_bytes=options.shard_size, workers=options.workers, max_bad=max_bad,
             advance=advance,
         )  # fmt: skip
-    for line in told(report):
+    for line in told(made.report):
         say(line)
-    total = " and ".join(f"{len(items):,} {split}" for split, items in plan.splits.items())
-    say(f"{options.dest}: packed {total} {what}; {len(plan.classes)} classes")
+    say(f"{options.dest}: {packed(made, what, plan.classes)}")
     for name in ("source", "licence"):
         if name in plan.notes:
             say(f"{name}: {plan.notes[name]}")
     return 0
 
 
+def packed(made: Made, what: str, classes: Sequence[str]) -> str:
+    """packed 165 train and 17 test images, 1 left out; 3 classes"""
+    total = " and ".join(f"{count:,} {split}" for split, count in made.counts.items())
+    left = f", {len(made.report['left_out']):,} left out" if made.report["left_out"] else ""
+    return f"packed {total} {what}{left}; {counted(len(classes), 'class', 'classes')}"
+
+
 def told(report: Mapping[str, Any]) -> Iterator[str]:
     """What was done to the images, and the first that were left out."""
     for what, count in sorted(report["converted"].items()):
-        yield f"{count:,} images {what}"
+        yield f"{counted(count, 'image')} {what}"
     for name, why in report["left_out"][:SHOWN]:
         yield f"left out: {name}: {why}"
     if len(report["left_out"]) > SHOWN:

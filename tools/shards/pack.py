@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from tools.shards.shard import LeftOut, Packed, Shard, members, save
 from trainer.data import build
@@ -36,6 +36,13 @@ class Plan(Generic[Item]):
     """JSON, for the report."""
 
 
+class Made(NamedTuple):
+    counts: dict[str, int]
+    """Samples of each split; less than was planned where some were left out."""
+    report: dict[str, Any]
+    """As it stands in the indices."""
+
+
 def pack(
     dest: Path,
     plan: Plan[Item],
@@ -45,9 +52,8 @@ def pack(
     workers: int,
     max_bad: float,
     advance: Callable[[int], None],
-) -> dict[str, Any]:
-    """Writes DEST/SPLIT/*.tar and the indices; returns the report. encode(split, number, item) runs in `workers`
-    threads.
+) -> Made:
+    """Writes DEST/SPLIT/*.tar and the indices. encode(split, number, item) runs in `workers` threads.
 
     ValueError: DEST is taken, or more than `max_bad` of the images are bad (then no index is written).
     """
@@ -57,10 +63,11 @@ def pack(
             _pack_split(dest, split, items, encode, state, shard_bytes=shard_bytes, workers=workers, advance=advance)
         report = {**plan.notes, "converted": state["converted"], "left_out": state["left_out"]}
         _judge(dest, plan, state, max_bad)
+        drafts = {split: [build.Draft.of(made) for made in state["shards"][split]] for split in plan.splits}
         for split in sorted(plan.splits):
-            _write_index(dest, split, plan, state, report)
+            _write_index(dest, split, plan, drafts[split], image=state["image"], report=report)
         shutil.rmtree(dest / UNFINISHED)
-    return report
+    return Made({split: sum(made.samples for made in done) for split, done in drafts.items()}, report)
 
 
 def complete(dest: Path, splits: Sequence[str], options: Mapping[str, Any]) -> bool:
@@ -187,13 +194,21 @@ def _judge(dest: Path, plan: Plan[Item], state: Mapping[str, Any], max_bad: floa
         )
 
 
-def _write_index(dest: Path, split: str, plan: Plan[Item], state: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+def _write_index(
+    dest: Path,
+    split: str,
+    plan: Plan[Item],
+    drafts: Sequence[build.Draft],
+    *,
+    image: str,
+    report: Mapping[str, Any],
+) -> None:
     build.publish(
         dest / split,
-        [build.Draft.of(made) for made in state["shards"][split]],
+        drafts,
         folder=dest / UNFINISHED,
         classes=plan.classes,
-        reading={**AS_MADE, "image": state["image"]},
+        reading={**AS_MADE, "image": image},
         options=plan.options,
         report=report,
     )

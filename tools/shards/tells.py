@@ -29,8 +29,8 @@ DRAWN = 0.1
 """The same of images on a plain ground: their edges lie at the same places, and so are 0.28 deep along one axis, but at
 most 0.07 along both (faces-drawn of 10 styles and 3 sizes, emoji of both styles)."""
 ADDED = 0.2
-"""The same in the differences themselves: edges of drawings have up to 0.15, photographs 0.11, two levels of a chequered
-pattern 0.8."""
+"""The same in the differences themselves: edges of drawings have up to 0.15, photographs 0.11, two levels of a
+chequered pattern 0.8."""
 BLOCKS = 0.25
 """From which on JPEG's blocks are a fault: quality 85 gives up to 0.22, 75 from 0.24 on."""
 CERTAIN = 4.0
@@ -138,8 +138,8 @@ class Grid:
         return np.sqrt(np.where(mean > CERTAIN * error, np.maximum(0, mean), 0))
 
     def found(self, *, drawn: bool = False) -> dict[int, float] | None:
-        """Period in pixels to depth, of the grid there is, if any; None: too few images. drawn: the images are mostly on
-        a plain ground."""
+        """Period in pixels to depth, of the grid there is, if any; None: too few images. drawn: most images are on a
+        plain ground."""
         depth = self.depth()
         if depth is None:
             return None

@@ -68,7 +68,7 @@ def _grids(grids: Mapping[str, float]) -> Iterator[str]:
             yield f"{what}: strong JPEG compression leaves such a one, or drawings on one raster"
         elif period != "8":
             yield (
-                f"{what}: enlargement {period} times leaves such a one, a network, or drawings on one raster; where the "
+                f"{what}: enlargement {period} times leaves such a one, a network, or drawings on one raster; where "
                 "images were enlarged a smaller data.size loses nothing"
             )
 
