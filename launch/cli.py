@@ -41,9 +41,16 @@ example:
 `tandem VERB --help` says more, with an example."""
 
 
-def usage() -> str:
-    width = max(map(len, VERBS))
-    rows = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+HELP = ("-h", "--help", "help")
+
+
+def usage(group: str = "") -> str:
+    """Of all verbs, or of those of a group."""
+    shown = {name: verb for name, verb in VERBS.items() if name.startswith(group)}
+    width = max(map(len, shown))
+    rows = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in shown.items())
+    if group:
+        return f"usage: tandem {group}VERB ...\n\nverbs:\n{rows}\n\n`tandem {group}VERB --help` says more."
     return f"usage: tandem VERB ...\n\nTrain VAEs, GANs and VAE-GANs, and measure them.\n\nverbs:\n{rows}\n\n{EXAMPLE}"
 
 
@@ -63,9 +70,13 @@ def find(argv: list[str]) -> tuple[Verb, list[str]]:
 
 
 def dispatch(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in HELP:
         print(usage())
         return 0 if argv else USER_MISTAKE
+    group = f"{argv[0]} "
+    if argv[1:] and argv[1] in HELP and any(name.startswith(group) for name in VERBS):
+        print(usage(group))
+        return 0
     verb, rest = find(argv)
     function = getattr(importlib.import_module(verb.module), verb.function)
     return int(function(rest))

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,3 +273,18 @@ def test_a_disk_smaller_than_the_bound_is_the_bound(tmp_path: Path, monkeypatch:
     for number in (0, 1, 2):
         store.open(source.shard(number)).close()
     assert numbers(tmp_path) == [1, 2]
+
+
+def test_the_bound_holds_while_others_finish_their_files(tmp_path: Path) -> None:
+    """A file that gets its name in the moment in which another one's room is made neither goes uncounted nor counts as
+    removed: ten stores (as many processes) fetch all at once into room for a third."""
+    source = given_sizes(*[KB] * 120)
+    stores = [store_of(source, tmp_path, kb=40) for _ in range(10)]
+
+    def fetch(number: int) -> None:
+        stores[number % 10].open(source.shard(number)).close()
+
+    for numbers_now in (range(60), range(60, 90), range(90, 120)):
+        with ThreadPoolExecutor(10) as pool:
+            list(pool.map(fetch, numbers_now))
+        assert 30 <= len(numbers(tmp_path)) <= 40

@@ -98,9 +98,47 @@ def test_copies_are_named_within_and_between_splits(pictures: list[Pixels], tmp_
     assert [one["sample"] for one in near["named"][0]["samples"]] == [5, 41]
     text = "\n".join(found["warnings"])
     assert "1 of train, 1 of test stand in another split too" in text
-    assert "2 groups of equal images have different labels" in text
+    assert "2 groups of equal images with different labels" in text
     alone = ask(tmp_path, "--split", "train")
     assert alone["copies"]["exact"]["across_splits"] == {} and alone["copies"]["exact"]["groups"] == 1
+
+
+def test_what_was_done_when_the_set_was_made_is_told_once(
+    pictures: list[Pixels], tmp_path: Path, ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, picture in enumerate(pictures[:12]):
+        path = tmp_path / "in" / ("train" if number < 8 else "val") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).convert("RGBA").save(path)
+    (tmp_path / "in" / "train" / "empty.png").touch()
+    folder = tmp_path / "out"
+    assert make(["folder", str(tmp_path / "in"), str(folder), "--splits", "train,val", "--max-bad", "0.5"]) == 0
+    found = ask(folder)
+    assert found["made"] == [{"splits": ["train", "test"], "report": found["made"][0]["report"]}]
+    assert "made" not in found["splits"]["test"]
+    assert stats.main([str(folder)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "converted" in line or "left out" in line]
+    assert told == [
+        "made: converted: 12 images: transparency laid on the background",
+        "made: left out: 1 file: train: train/empty.png: is empty",
+    ]
+
+
+def test_counts_of_one_are_in_the_singular(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (40, 40, 3), np.uint8)
+    near = np.clip(image + 1.0, 0, 255).astype(np.uint8)
+    flat = np.full((40, 40, 3), 7, np.uint8)
+    labels = [0, 0, 0, 1, *[0] * 300]
+    others = list(generator.integers(0, 256, (300, 8, 8, 3), np.uint8))
+    folder = write_set(tmp_path / "set", [image, image, near, flat, *others], labels=labels)
+    assert stats.main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "in 1 shard," in said and "of one colour: 1 image\n" in said and "exact: 1 copy of 1 image\n" in said
+    assert "near: 1 pair\n" in said and "classes: 2, the smallest has 1 sample, the largest 303" in said
+    assert "warning: train: 1 image is of one colour" in said and "warning: 1 image is an exact copy" in said
+    assert "the classes are uneven: the smallest has 1 sample, the largest 303" in said
+    assert "class 1: 1 (0.3%)" in said
 
 
 def test_classes_in_order_are_told_with_what_to_do(tmp_path: Path, ask: Ask) -> None:
@@ -132,7 +170,7 @@ def test_bad_images_and_missing_labels_are_counted_and_named(pictures: list[Pixe
     assert all(one["why"] for one in train["bad"]["named"])
     assert train["classes"]["unlabelled"] == 1
     text = "\n".join(found["warnings"])
-    assert "2 of 60 images cannot be decoded" in text and "1 of 60 samples have no label" in text
+    assert "2 of 60 images cannot be decoded" in text and "1 of 60 samples has no label" in text
     assert "19 of 21 classes have no sample, such as 1" in text
 
 

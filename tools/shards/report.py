@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tools.shards import tells
+from tools.shards.words import counted, percent, smallest_to_largest
 
 SHOWN = 20
 """Classes that are shown; of more, as many of the largest and of the smallest as fit."""
@@ -38,6 +39,7 @@ def lines(found: Figures) -> Iterator[str]:
         yield from (f"{name}: {key}: {text}" for key, text in rows(split))
         yield from (f"{name}: class {title}: {text}" for title, text, _ in class_rows(split))
         yield from (f"{name}: bad: {one['where']}: {one['why']}" for one in split["bad"]["named"])
+    yield from (f"made: {key}: {text}" for key, text in made_rows(found))
     yield from (f"copies: {key}: {text}" for key, text in copy_rows(found["copies"]))
     yield from (f"warning: {text}" for text in found["warnings"])
 
@@ -50,6 +52,8 @@ def _tables(found: Figures) -> Iterator[Table | Text | Group]:
         bad = [Text(f"  {one['where']}: {one['why']}") for one in split["bad"]["named"]]
         if bad:
             yield Group(Text("cannot be decoded", style="bold"), *bad, Text())
+    if made := list(made_rows(found)):
+        yield _table("when it was made", iter(made))
     yield _table("copies", copy_rows(found["copies"], between="\n"))
     if not found["warnings"]:
         yield Text("nothing to warn of", style="green")
@@ -91,7 +95,10 @@ def rows(split: Figures) -> Iterator[tuple[str, str]]:
     bad = f", {split['bad']['count']:,} of them bad" if split["bad"]["count"] else ""
     looked = "" if split["looked_at"] == split["samples"] else f", {split['looked_at']:,} looked at"
     shards = split["shards"]
-    yield "samples", f"{split['samples']:,} in {_count(shards['count'], 'shard')}, {size(shards['bytes'])}{looked}{bad}"
+    yield (
+        "samples",
+        f"{split['samples']:,} in {counted(shards['count'], 'shard')}, {size(shards['bytes'])}{looked}{bad}",
+    )
     if images:
         yield "size", f"{_spread(split['height'])} x {_spread(split['width'])} pixels, height x width"
         yield "channels", _channels(split)
@@ -107,12 +114,18 @@ def rows(split: Figures) -> Iterator[tuple[str, str]]:
         yield "frames", _frames(split["frames"], images)
         yield "grids", _grids(split["grids"])
         if split["blank"]:
-            yield "of one colour", f"{split['blank']:,} images"
-    made = split["made"]
-    if made.get("converted"):
-        yield "converted", ", ".join(f"{count:,} {what}" for what, count in made["converted"].items())
-    if made.get("left_out"):
-        yield "left out", f"{len(made['left_out']):,} files when the set was made"
+            yield "of one colour", counted(split["blank"], "image")
+
+
+def made_rows(found: Figures) -> Iterator[tuple[str, str]]:
+    """What the makers of the splits did to images: a report is of all the splits that were made together."""
+    for made in found["made"]:
+        alone = f" (of {', '.join(made['splits'])})" if len(found["made"]) > 1 else ""
+        for what, count in made["report"].get("converted", {}).items():
+            yield f"converted{alone}", f"{counted(count, 'image')}: {what}"
+        if left := made["report"].get("left_out"):
+            first = ", the first" if len(left) > 1 else ""
+            yield f"left out{alone}", f"{counted(len(left), 'file')}{first}: {': '.join(left[0])}"
 
 
 def _channels(split: Figures) -> str:
@@ -133,9 +146,9 @@ def _class_figures(found: Figures) -> Iterator[tuple[str, str]]:
     if not counts:
         yield "classes", "none"
         return
-    ratio = found["smallest_to_largest"]
-    without = f", {found['unlabelled']:,} samples without a label" if found["unlabelled"] else ""
-    yield "classes", f"{len(counts):,}, smallest to largest {ratio:.2f}{without}"
+    without = f", {counted(found['unlabelled'], 'sample')} without a label" if found["unlabelled"] else ""
+    sizes = smallest_to_largest([one["samples"] for one in counts])
+    yield "classes", f"{len(counts):,}, {sizes}{without}"
     if found["order"] is not None:
         yield "order", f"chi2/dof {found['order']:.3g} of the classes in the shards (1 is a shuffle)"
 
@@ -153,15 +166,15 @@ def class_rows(split: Figures) -> Iterator[tuple[str, str, float]]:
     for number, one in enumerate(shown):
         if len(counts) > SHOWN and number == SHOWN // 2:
             yield "...", f"{len(counts) - SHOWN:,} more", 0.0
-        yield one["name"], f"{one['samples']:,} ({one['samples'] / total:.1%})", one["samples"] / most
+        yield one["name"], f"{one['samples']:,} ({percent(one['samples'] / total)})", one["samples"] / most
 
 
 def _frames(found: Figures, images: int) -> str:
-    ground = f"; {found['plain_ground'] / images:.1%} on a plain ground" if found["plain_ground"] else ""
+    ground = f"; {percent(found['plain_ground'] / images)} on a plain ground" if found["plain_ground"] else ""
     if not found["images"]:
         return f"none{ground}"
     sides = ", ".join(f"{side} {pixels['median']:,}" for side, pixels in found["pixels"].items())
-    return f"{found['images'] / images:.1%} of the images; {sides} pixels (median){ground}"
+    return f"{percent(found['images'] / images)} of the images; {sides} pixels (median){ground}"
 
 
 def _grids(found: Mapping[str, float] | None) -> str:
@@ -179,12 +192,13 @@ def _cause(period: str, depth: float) -> str:
 def copy_rows(found: Figures, *, between: str = " ") -> Iterator[tuple[str, str]]:
     """between: what parts the samples of a group or pair."""
     exact, near = found["exact"], found["near"]
-    yield "exact", f"{exact['copies']:,} copies of {exact['groups']:,} images" if exact["groups"] else "none"
+    copies = counted(exact["copies"], "copy", "copies")
+    yield "exact", f"{copies} of {counted(exact['groups'], 'image')}" if exact["groups"] else "none"
     yield from (("exact", f"{between}= ".join(map(_one, group))) for group in exact["named"][:COPIES])
     least = (
         "" if near["complete"] else f" at least ({near['compared']:,} of {near['candidates']:,} candidates compared)"
     )
-    yield "near", f"{near['pairs']:,} pairs{least}" if near["pairs"] or least else "none"
+    yield "near", f"{counted(near['pairs'], 'pair')}{least}" if near["pairs"] or least else "none"
     yield from (
         ("near", f"{f'{between}~ '.join(map(_one, pair['samples']))}, {pair['difference']:.1f} levels apart")
         for pair in near["named"][:COPIES]
@@ -201,10 +215,6 @@ def _spread(found: Figures) -> str:
     if found["low"] == found["high"]:
         return f"{found['low']:,}"
     return f"{found['low']:,} to {found['high']:,} (median {found['median']:,})"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def size(count: float) -> str:

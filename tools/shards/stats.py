@@ -6,7 +6,7 @@ Looks at every image of a set: sizes, levels, classes, copies, frames, grids; sa
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +76,8 @@ def stats(
     seed: int,
     threads: int,
 ) -> dict[str, Any]:
-    """What `--json` gives: {"path", "splits": {name: ...}, "copies": {...}, "warnings": [text]}. samples: of a split;
-    None for all.
+    """What `--json` gives: {"path", "splits": {name: ...}, "copies": {...}, "made": [{"splits", "report"}], "warnings":
+    [text]}. samples: of a split; None for all.
 
     ValueError, OSError: a split that is missing or damaged. Images that cannot be decoded are counted."""
     from tools.shards import classes, copies, walk, warn
@@ -96,9 +96,10 @@ def stats(
             splits[name] = _figures(index, classes.balance(index), measured)
             prints.append(copies.Split(name, index, measuring.joined(measured.prints)))
     exact, near = copies.find(prints, config, threads=threads)
+    made = _made(opened)
     for index in opened.values():
         index.close()
-    found = {"path": str(config.path), "splits": splits, "copies": {"exact": exact, "near": near}}
+    found = {"path": str(config.path), "splits": splits, "copies": {"exact": exact, "near": near}, "made": made}
     return {**found, "warnings": warn.warnings(found)}
 
 
@@ -139,8 +140,20 @@ def _figures(index: "Index", balance: "Balance", measured: "Measured") -> dict[s
         "grey_as_colour": measured.grey,
         "frames": {"images": measured.framed, "plain_ground": measured.plain, "pixels": frames},
         "grids": _grids(measured),
-        "made": dict(index.report),
     }
+
+
+def _made(opened: Mapping[str, "Index"]) -> list[dict[str, Any]]:
+    """The makers' reports: splits that were made together hold the same one, of both."""
+    found: list[dict[str, Any]] = []
+    for name, index in opened.items():
+        report = {key: value for key, value in index.report.items() if key != "passed_over"}  # of the split alone
+        same = next((one for one in found if one["report"] == report), None)
+        if same is None:
+            found.append({"splits": [name], "report": report})
+        else:
+            same["splits"].append(name)
+    return found
 
 
 def _grids(measured: "Measured") -> dict[str, float] | None:

@@ -3,6 +3,7 @@
     CACHE/remote/SOURCE/train-00000.DIGEST.tar             whole and verified: a name appears by rename only
     CACHE/remote/SOURCE/train-00000.DIGEST.tar.BYTES.part  being fetched, or left by a process that died: gone on with
     CACHE/remote/SOURCE/DIGEST-OF-index.json/...           small files of the set as that index knows it
+    CACHE/remote.lock                                      held while room is made: no file changes its name then
 
 Locks are flocks on these files themselves: an exclusive one on a .part is the right to fetch, a shared one on a whole
 file says that it is read. The kernel gives both up when a process ends, however it ends, so none goes stale.
@@ -11,6 +12,7 @@ file says that it is read. The kernel gives both up when a process ends, however
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import shutil
 import time
@@ -45,12 +47,17 @@ Grant = Callable[[int], int]
 """Asked whether a file may have so many bytes: raises ValueError, or returns how many it may have."""
 
 
+Renaming = Callable[[], contextlib.AbstractContextManager[None]]
+
+
 class Part:
     """A file that grows; this process holds its lock."""
 
-    def __init__(self, path: Path, file: int, *, size: int | None, stopped: Callable[[], bool]) -> None:
-        """size: bytes that it will have; None: not known yet."""
-        self.path, self.size, self._file, self._stopped = path, size, file, stopped
+    def __init__(
+        self, path: Path, file: int, *, size: int | None, stopped: Callable[[], bool], renaming: Renaming
+    ) -> None:
+        """size: bytes that it will have; None: not known yet. renaming: held while the file gets its name."""
+        self.path, self.size, self._file, self._stopped, self._renaming = path, size, file, stopped, renaming
         self.bytes = os.fstat(file).st_size
         self.grant: Grant | None = None
         """Asked as the file grows and no index gives its size."""
@@ -94,7 +101,8 @@ class Part:
         with explained(self.path.parent):
             os.fsync(self._file)
             path.parent.mkdir(exist_ok=True)
-            self.path.replace(path)
+            with self._renaming():
+                self.path.replace(path)
             durable.flush(path.parent)
         fcntl.flock(self._file, fcntl.LOCK_SH)
         found, self._file = OpenShard(name, self._file), -1
@@ -157,7 +165,8 @@ class Cache:
                 part.parent.mkdir(parents=True, exist_ok=True)
                 file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             if lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.root):
-                mine = Part(part, file, size=size, stopped=stopped)
+                renaming = functools.partial(self._still, fcntl.LOCK_SH)
+                mine = Part(part, file, size=size, stopped=stopped, renaming=renaming)
                 if not _is(part, file):  # renamed or removed between open and lock
                     mine.close()
                 elif path.exists():
@@ -184,6 +193,22 @@ class Cache:
         """Removes the files that were used longest ago, but for `keep`, until this one of `size` bytes fits: first
         those that nobody reads, then the others too (an open file stays whole for its readers). ValueError where that
         is not enough."""
+        with self._still(fcntl.LOCK_EX):
+            self._make_room(part, size, keep=keep)
+
+    @contextlib.contextmanager
+    def _still(self, kind: int) -> Iterator[None]:
+        """Holds the lock of all names in the folder; waits for it."""
+        with explained(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.root.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            lock(file, kind, self.root)
+            yield
+        finally:
+            os.close(file)
+
+    def _make_room(self, part: Part, size: int, *, keep: Collection[Path]) -> None:
         entries = sorted(self._entries())
         free = shutil.disk_usage(self.folder).free
         excess = sum(entry.bytes for entry in entries if entry.path != part.path) + size - self.limit

@@ -172,8 +172,9 @@ def make_set(folder: Path, *, shards: int, each: int) -> None:
         else:
             os.link(train / lines[first].name, paths[0])
             os.link(train / table.table_name(lines[first].name), paths[1])
-    for number in range(0, shards, LINKS):  # later than its shard, whose names are changes too
-        os.utime(train / table.table_name(lines[number].name))
+    later = time.time_ns() + 10**9  # than the shards', whose last names may be of this very tick
+    for number in range(0, shards, LINKS):
+        os.utime(train / table.table_name(lines[number].name), ns=(later, later))
     one = Span(1, 1)
     found = contents.Contents(shards=tuple(lines), classes=(), fields=("npy",), spans=Spans(one, one, Span(3, 3)))
     contents.write(train / contents.NAME, found)

@@ -9,7 +9,6 @@ start costs (index, threads, the first batches) is in the first figure, which is
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -62,8 +61,8 @@ def waiting(made: Made, folder: Path, *, readers: int) -> list[float]:
     }  # fmt: skip
     path = folder / "config.yaml"
     path.write_text(json.dumps(tree))
-    command, one = [sys.executable, "-m", "trainer", str(path)], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=one, capture_output=True, text=True, check=False)
+    command = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "trainer", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"the run failed: {done.stderr.strip()}")
     board = EventAccumulator(f"{tree['run']}/board")
