@@ -52,8 +52,8 @@ def averaged(ranks: Ranks, *, updates: int, **optim: Any) -> Small:
 def test_an_averages_buffers_follow_the_live_network_and_whole_numbers_are_copied(ranks: Ranks) -> None:
     made = averaged(ranks, updates=50)
     engine = made.engines["generator"]
-    assert engine.average is not None
-    mine, live = dict(engine.average.named_buffers()), dict(engine.network.named_buffers())
+    assert engine.averaged
+    mine, live = dict(engine.evaluated().named_buffers()), dict(engine.network.named_buffers())
     assert mine.keys() == live.keys() == {f"body.1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
     assert all(torch.equal(mine[name], live[name]) for name in mine)
     assert int(mine["body.1.num_batches_tracked"]) == 50
@@ -63,13 +63,13 @@ def test_an_averages_buffers_follow_the_live_network_and_whole_numbers_are_copie
 def test_an_average_is_in_eval_mode_and_takes_no_gradient(ranks: Ranks) -> None:
     made = averaged(ranks, updates=3)
     for name in ("generator",):
-        average = made.engines[name].average
+        average = made.engines[name].evaluated()
         assert average is not None
         assert not any(module.training for module in average.modules())
         assert not any(p.requires_grad for p in average.parameters())
         assert all(p.grad is None for p in average.parameters())
     assert made.engines["generator"].network.training
-    assert made.engines["discriminator"].average is None
+    assert not made.engines["discriminator"].averaged
 
 
 def test_samples_of_an_early_average_are_those_of_the_live_network_nearly(ranks: Ranks) -> None:
@@ -79,7 +79,7 @@ def test_samples_of_an_early_average_are_those_of_the_live_network_nearly(ranks:
     first = averaged(ranks, updates=0).engines["generator"].network
     z = noise.normal(0, "samples", torch.arange(32), (4,))
     with torch.no_grad():
-        live, average = ({"generator": network.eval()} for network in (engine.network, engine.average))  # type: ignore[union-attr]
+        live, average = ({"generator": network.eval()} for network in (engine.network, engine.evaluated()))
         now, smooth = (made.method.decode(networks, z) for networks in (live, average))
         before = made.method.decode({"generator": first.eval()}, z)
     assert float((smooth - now).abs().mean()) < 0.2 * float((before - now).abs().mean())
@@ -95,14 +95,14 @@ def test_the_average_is_the_moving_average_of_the_weights(ranks: Ranks) -> None:
         expected = [
             keep * e + (1 - keep) * p.detach() for e, p in zip(expected, engine.network.parameters(), strict=True)
         ]
-    assert engine.average is not None
-    for mine, e in zip(engine.average.parameters(), expected, strict=True):
+    assert engine.averaged
+    for mine, e in zip(engine.evaluated().parameters(), expected, strict=True):
         assert torch.allclose(mine, e, rtol=1e-5, atol=1e-7)
 
 
 def test_no_average_is_kept_where_none_is_asked_for(ranks: Ranks) -> None:
     made = averaged(ranks, updates=1, ema_half_life=0)
-    assert made.engines["generator"].average is None
+    assert not made.engines["generator"].averaged
     assert "ema" not in made.engines["generator"].export()
     assert build.averages(made.engines)["generator"] is made.engines["generator"].network
 
@@ -147,7 +147,7 @@ def test_under_bf16_losses_penalties_weights_and_averages_stay_float32(
     for name in half:
         assert half[name] == half[name] and abs(half[name]) < float("inf"), name
     for engine in made.engines.values():
-        networks = [engine.network] + ([engine.average] if engine.average is not None else [])
+        networks = [engine.network] + ([engine.evaluated()] if engine.averaged else [])
         assert {p.dtype for network in networks for p in network.parameters()} == {torch.float32}
         assert all(bool(p.isfinite().all()) for network in networks for p in network.parameters())
     assert half != full, "autocast did nothing"

@@ -13,8 +13,8 @@ from trainer.losses.perceptual import NoPerceptualConfig
 from trainer.methods import Method
 from trainer.methods.vaegan import VAEGANConfig
 from trainer.networks import ImageShape
-from trainer.parallel.ddp import DDPEngine
 from trainer.parallel.engine import Engine
+from trainer.parallel.engines import engine
 from trainer.parallel.ranks import Ranks
 
 
@@ -61,8 +61,10 @@ def build_engines(config: Config, method: Method, networks: Mapping[str, nn.Modu
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     return {
-        name: DDPEngine(
+        name: engine(
+            name,
             network,
+            config=config.parallel,
             optim=optimizer.resolve(config.optim, network=name, total=config.images),
             ranks=ranks,
             average=name in method.averaged,
@@ -73,8 +75,8 @@ def build_engines(config: Config, method: Method, networks: Mapping[str, nn.Modu
 
 
 def averages(engines: Mapping[str, Engine]) -> dict[str, nn.Module]:
-    """What is sampled and evaluated: the average where one is kept, the bare network elsewhere."""
-    return {name: engine.network if engine.average is None else engine.average for name, engine in engines.items()}
+    """What is sampled and evaluated: the average where one is kept, the bare network elsewhere. A collective."""
+    return {name: engine.evaluated() for name, engine in engines.items()}
 
 
 def full_kl_weight(config: Config, images: int) -> bool:

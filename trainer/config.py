@@ -20,7 +20,7 @@ from trainer import bounds, config_errors, config_yaml
 from trainer.data import DataConfig
 from trainer.methods import MethodConfig
 from trainer.optimizer import OptimConfig
-from trainer.parallel.config import ParallelConfig
+from trainer.parallel.config import AutoConfig, DeepSpeedConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,15 @@ class Config:
     """Of the weights, the order of the data, the noise, the augmentation; 64 bits with a sign."""
     micro_batch: int | None = None
     """Images a rank takes at a time; null takes its whole share of the batch. Smaller: less memory, same result."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """fp32: float32 throughout. tf32: the same, but GPUs from Ampere on may round inside convolutions and products.
-    bf16: autocast for networks; losses, penalties, weights and averages stay float32."""
+    bf16: autocast for networks; losses, penalties, weights and averages stay float32. fp16: the same, with
+    parallel.weights: fp16 only, which scales losses."""
     compile: bool = False
     """torch.compile of the networks; penalties run past it."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimisers and averages."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=AutoConfig)
     """How ranks work together."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
@@ -102,6 +103,18 @@ class Config:
         bounds.at_least(1, self, "images", "batch")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: {self.seed} has more than 64 bits; -2^63 <= seed < 2^63")
+        weights = self.parallel.weights if isinstance(self.parallel, DeepSpeedConfig) else "fp32"
+        if weights != "fp32" and weights != self.precision:
+            raise ValueError(f"parallel.weights: {weights} needs precision: {weights}, not {self.precision}")
+        if self.precision == "fp16" and weights != "fp16":
+            raise ValueError(
+                "precision: fp16 loses small gradients unless losses are scaled: take bf16, or "
+                "parallel.kind=deepspeed parallel.weights=fp16"
+            )
+        if self.compile and isinstance(self.parallel, DeepSpeedConfig) and 3 in self.parallel.stages:
+            raise ValueError(
+                "compile: true does not go with parallel.stage: 3, whose hooks it would break; take stage 2, or false"
+            )
 
     @property
     def updates(self) -> int:
@@ -146,8 +159,10 @@ def load(path: Path, overrides: list[str] = ()) -> Config:  # type: ignore[assig
 def parse(tree: dict[str, Any], overrides: list[str] = (), *, source: str) -> Config:  # type: ignore[assignment]
     """`load` of a tree that is already read; `source` is named in errors."""
     given = config_yaml.merge(tree, overrides)
+    for key, kind in (("data", "shards"), ("parallel", "auto")):  # a union has no default of its own
+        if isinstance(part := tree.get(key), dict):
+            part.setdefault("kind", kind)
     if isinstance(data := tree.get("data"), dict):
-        data.setdefault("kind", "shards")  # a union has no default of its own
         if data.get("allow_pipe") and {"data", "data.allow_pipe"} & set(given):
             raise ValueError("command line: data.allow_pipe: must stand in the YAML file itself")
     try:

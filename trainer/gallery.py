@@ -29,7 +29,6 @@ class Gallery:
 
     config: Config
     method: Method
-    networks: Mapping[str, nn.Module]
     test: Stream
     board: Board | NoBoard
     ranks: Ranks
@@ -48,23 +47,23 @@ class Gallery:
         }
         self.board.text("environment", "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]))
 
-    def draw(self, images: int) -> None:
+    def draw(self, images: int, networks: Mapping[str, nn.Module]) -> None:
         """Samples, reconstructions and interpolations, from fixed seeds and averaged weights."""
         if self.ranks.rank > 0:
             return
         device = self.ranks.device
         z = show.latents(self.method, 8 * COLUMNS, device=device)
-        sheets = {"samples": grid(show.samples(self.method, self.networks, z), columns=COLUMNS)}
+        sheets = {"samples": grid(show.samples(self.method, networks, z), columns=COLUMNS)}
         transform = Transform.plain(self.config.data)
         given = to_device(self.test.first(4 * COLUMNS), device=device, transform=transform).image
-        rebuilt = show.reconstructions(self.method, self.networks, given)
+        rebuilt = show.reconstructions(self.method, networks, given)
         if rebuilt is not None:
             sheets["reconstructions"] = pairs(to_uint8(given), rebuilt, columns=COLUMNS)
         if hasattr(self.method, "encode"):
             with torch.no_grad():
-                nats = kl_per_dimension(*self.method.encode(self.networks, given)).mean(0)
+                nats = kl_per_dimension(*self.method.encode(networks, given)).mean(0)
             self.board.histogram(images, "latent/kl_per_dimension", nats)
-        walk = show.interpolation(self.method, self.networks, rows=6, columns=COLUMNS, device=device)
+        walk = show.interpolation(self.method, networks, rows=6, columns=COLUMNS, device=device)
         sheets["interpolation"] = grid(walk, columns=COLUMNS)
         for name, sheet in sheets.items():
             self.board.picture(images, TAGS.get(name, name), sheet)

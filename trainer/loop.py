@@ -44,7 +44,6 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
     )
     method = build.build_method(config, device=ranks.device)
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
-    networks = build.averages(engines)
     run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
     transform = Transform.training(config.data, seed=config.seed)
     # a small split is read as a whole here: what is wrong with it is found before anything is trained
@@ -58,7 +57,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
     stack.enter_context(contextlib.closing(terminal))
     board = open_board(config.run / "board", resume_images=images or None, enabled=first, log=terminal.note)
     stack.enter_context(contextlib.closing(board))
-    gallery = Gallery(config, method, networks, test, board=board, ranks=ranks)
+    gallery = Gallery(config, method, test, board=board, ranks=ranks)
     gallery.describe()
     bad = [BadSamples(one, folder=config.run / "quarantine", ranks=ranks) for one in (stream, test)]
     for line in saver.said:
@@ -107,11 +106,11 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
         speed.pause()
         if now(config.log.evaluate_every) and not stopping:
             limit = config.log.evaluate_images
-            metrics = evaluate(method, networks, test, config=config, limit=limit, ranks=ranks)
+            metrics = evaluate(method, build.averages(engines), test, config=config, limit=limit, ranks=ranks)
             check_finite(metrics, images=images)
             board.scalars(images, {f"test/{name}": value for name, value in metrics.items()})
         if now(config.log.pictures_every) and not stopping:
-            gallery.draw(images)
+            gallery.draw(images, build.averages(engines))
         if now(config.checkpoint.every) or stopping:
             board.flush()
             saver.save(images, metrics=metrics, seconds=speed.total)
@@ -125,7 +124,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
         how = "the same command" if config.checkpoint.resume in ("auto", "must") else "checkpoint.resume=auto"
         terminal.finish(f"stopped at {images:,} images; saved {saver.path}; {how} goes on from there")
         return code
-    final = evaluate(method, networks, test, config=config, limit=None, ranks=ranks)
+    final = evaluate(method, build.averages(engines), test, config=config, limit=None, ranks=ranks)
     gallery.conclude(images, final, seconds=saver.seconds + speed.total)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in final.items() if name in SHOWN)
     terminal.finish(f"trained on {images:,} images{f' ({figures})' if figures else ''}; everything is in {config.run}")

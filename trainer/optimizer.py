@@ -1,5 +1,6 @@
 """The optimiser of one network: its config, its learning rate as a function of the clock, its state by name."""
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,14 +117,21 @@ def build(parameters: list[nn.Parameter], optim: NetworkOptim) -> torch.optim.Op
         found = torch.optim.SGD(
             parameters, lr=optim.lr, momentum=optim.betas[0], weight_decay=config.weight_decay, fused=True
         )
-        if optim.betas[0] > 0:  # torch leaves the momentum uninitialised when found_inf skips the very first update
-            for parameter in parameters:
-                found.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        restart(found, parameters, optim)
         return found
     kind = torch.optim.Adam if config.algorithm == "adam" else torch.optim.AdamW
     return kind(
         parameters, lr=optim.lr, betas=optim.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
+
+
+def restart(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], optim: NetworkOptim) -> None:
+    """As before the first update. parameters: those that it updates."""
+    optimizer.state.clear()
+    if optim.config.algorithm == "sgd" and optim.betas[0] > 0:
+        # torch leaves the momentum uninitialised when found_inf skips the very first update
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def export_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -137,26 +145,32 @@ def export_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str
     return found
 
 
-def load_state(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `export_state`; `tensors` may be empty (no update was taken yet).
+def by_kind(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """What `export_state` gave as {kind: {parameter: tensor}}; empty where no update was taken yet.
 
     Raises ValueError for a name that is no parameter's, or for parameters without state beside others with one."""
-    (group,) = optimizer.param_groups
-    by_name = dict(zip(names, group["params"], strict=True))
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
-        if name not in by_name:
+        if name not in names:
             raise ValueError(f"optimizer state {key!r} belongs to no parameter of this network")
-        like = by_name[name]
-        device = "cpu" if kind == "step" and like.device.type == "cpu" else like.device
-        found.setdefault(name, {})[kind] = value.to(device=device, copy=True)
-    if found and len(found) != len(by_name):
-        missing = sorted(set(by_name) - set(found))
-        raise ValueError(f"optimizer state is missing for {len(missing)} parameters, the first is {missing[0]!r}")
-    for name, state in found.items():
-        target = by_name[name]
-        for kind, value in state.items():
-            if value.shape == target.shape:  # a moment lies in memory as its parameter does
-                state[kind] = torch.empty_like(target, dtype=value.dtype, requires_grad=False).copy_(value)
-        optimizer.state[target] = state
+        found.setdefault(kind, {})[name] = value
+    for states in found.values():
+        if missing := sorted(set(names) - set(states)):
+            raise ValueError(f"optimizer state is missing for {len(missing)} parameters, the first is {missing[0]!r}")
+    return found
+
+
+def load_state(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `export_state`; ValueError as `by_kind`."""
+    (group,) = optimizer.param_groups
+    targets = dict(zip(names, group["params"], strict=True))
+    for kind, whole in by_kind(tensors, names).items():
+        for name, value in whole.items():
+            target = targets[name]
+            if kind == "step":
+                optimizer.state[target][kind] = value.to(device=target.device, copy=True)
+            else:  # a moment lies in memory as its parameter does
+                optimizer.state[target][kind] = torch.empty_like(target, dtype=value.dtype, requires_grad=False).copy_(
+                    value
+                )

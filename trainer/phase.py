@@ -19,6 +19,7 @@ from trainer.losses.balance import Balance, Term
 from trainer.parallel.engine import Engine
 
 Outputs = dict[str, Tensor]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FOLD = 256  # notes of a name that are held whole
 
 
@@ -54,12 +55,14 @@ class Run:
         self._shared = {}
 
     def autocast(self, *, enabled: bool = True) -> contextlib.AbstractContextManager[Any]:
-        if self.precision != "bf16":
+        dtype = AUTOCAST.get(self.precision)
+        if dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.batch.image.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.batch.image.device.type, dtype=dtype, enabled=enabled)
 
     def gradients(self, terms: Mapping[str, Term]) -> tuple[list[Tensor], list[Tensor]]:
         """(outputs, gradients) to hand over: of the mean over this rank's samples of the weighted sum of `terms`."""
+        loss_scale = self.engines[self.phase].scale
         groups: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         scales: dict[str, float] = {}
         for name, term in terms.items():
@@ -68,7 +71,7 @@ class Run:
             values, shares = groups.setdefault(group, ([], []))
             values.append(term.value)
             weight = term.weight if group else term.weight * term.scale
-            shares.append(torch.full_like(term.value, weight / self.count, requires_grad=False))
+            shares.append(torch.full_like(term.value, weight / self.count * loss_scale, requires_grad=False))
             scales[group] = term.scale
         leaves = list(self.leaves.values())
         total: list[Tensor | None] = [None] * len(leaves)
@@ -78,11 +81,13 @@ class Run:
             found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 values, leaves, shares, allow_unused=True, retain_graph=retain
             )
+            if loss_scale != 1.0:
+                found = tuple(None if g is None else g / loss_scale for g in found)
             if len(groups) > 1:
                 found = self._balanced(group, found, scale=scales[group])
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)]
         pairs = [(out, g) for out, g in zip(self.outputs.values(), total, strict=True) if g is not None]
-        return [out for out, _ in pairs], [g.to(out.dtype) for out, g in pairs]
+        return [out for out, _ in pairs], [g for _, g in pairs]
 
     def _balanced(self, group: str, found: tuple[Tensor | None, ...], *, scale: float) -> tuple[Tensor | None, ...]:
         at = found[list(self.leaves).index("reconstruction")]

@@ -96,8 +96,7 @@ class Saver:
         moments = 1 if self.config.optim.algorithm == "sgd" else 2
         total = 0
         for engine in self.engines.values():
-            weights = checkpoint.size_bytes({"": dict(engine.network.state_dict())})
-            total += weights * (1 + moments + (engine.average is not None))
+            total += checkpoint.size_bytes({"": engine.state}) * (1 + moments + engine.averaged)
         return total
 
     # ------------------------------------------------------------------ every rank
@@ -152,7 +151,7 @@ class Saver:
             parts = _parts(found.tensors, name)
             weights = parts.get("ema", parts.get("", {}))  # fine-tuning begins with the weights that are used
             try:
-                start = {"": weights} | ({"ema": weights} if engine.average is not None else {})
+                start = {"": weights} | ({"ema": weights} if engine.averaged else {})
                 engine.load(start)
             except ValueError as error:
                 raise ValueError(f"checkpoint.init_from: {path}: {name}: {error}") from None

@@ -82,8 +82,7 @@ def buffers(ranks: Ranks) -> dict[str, Any]:
         live = {name: engine.network for name, engine in made.engines.items()}
         before = {name: digest(network.buffers()) for name, network in live.items()}
         exported = {name: engine.export() for name, engine in made.engines.items()}
-        average = made.engines["generator"].average
-        assert average is not None
+        average = made.engines["generator"].evaluated()
         found[kind] = {
             "finite": all(
                 bool(torch.isfinite(p).all()) for network in live.values() for p in network.state_dict().values()

@@ -148,7 +148,7 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config, image=image)
         self.decoder = Decoder(config, image=image, parameters=parameters)
         self.latent_size = self.decoder.latent_size
-        self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
+        self.log_scale = nn.Parameter(torch.zeros(1)) if learn_scale else None
 
     @property
     def last_layer(self) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer import optimizer
+from trainer.parallel import accelerated
+from trainer.parallel.checksum import checksum
 from trainer.parallel.engine import Applied
 from trainer.parallel.ranks import Ranks
 from trainer.resume import match
@@ -29,6 +30,8 @@ class DDPEngine:
     before one backward, pytorch#175024). Each rank's follow its own data; `export` stores their mean over ranks.
     """
 
+    scale = 1.0
+
     def __init__(
         self, network: nn.Module, *, optim: optimizer.NetworkOptim, ranks: Ranks, average: bool, compiled: bool
     ) -> None:
@@ -39,13 +42,13 @@ class DDPEngine:
         self.average: nn.Module | None = None
         if average and optim.config.ema_half_life > 0:
             self.average = copy.deepcopy(network).requires_grad_(False).eval()
-            self.averaged: list[Tensor] = list(self.average.parameters())
+            self._averages: list[Tensor] = list(self.average.parameters())
             # walking the modules in every step costs as much as averaging the weights of a small network
             self.buffered = next(network.buffers(), None) is not None
         if compiled:
             network.compile()  # in place: the names in a checkpoint stay those of the bare network
         self.network, self.optim, self.ranks = network, optim, ranks
-        self.wrapped = ranks.accelerator.prepare_model(network)
+        self.wrapped = accelerated.wrap(network, ranks)
         self.names = [name for name, _ in network.named_parameters()]
         self.parameters = list(network.parameters())
         self.live: list[Tensor] = list(self.parameters)
@@ -61,7 +64,7 @@ class DDPEngine:
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
         with self._sync(last):
-            torch.autograd.backward(outputs, gradients)
+            torch.autograd.backward(outputs, [g.to(out.dtype) for out, g in zip(outputs, gradients, strict=True)])
 
     def rate(self, images: int) -> float:
         return self.optim.rate(images)
@@ -82,10 +85,21 @@ class DDPEngine:
         self.optimizer.zero_grad()
         if self.average is not None:
             keep = self.optim.ema_decay(images, batch=batch)
-            torch._foreach_lerp_(self.averaged, self.live, 1.0 - keep)
+            torch._foreach_lerp_(self._averages, self.live, 1.0 - keep)
             if self.buffered:
                 self._follow_buffers(self.average)
         return Applied(applied=1.0 - skipped, norm=norm)
+
+    @property
+    def averaged(self) -> bool:
+        return self.average is not None
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return dict(self.network.state_dict())
+
+    def evaluated(self) -> nn.Module:
+        return self.network if self.average is None else self.average
 
     def export(self) -> dict[str, dict[str, Tensor]]:
         self._settle_buffers()
@@ -105,15 +119,12 @@ class DDPEngine:
         optimizer.load_state(self.optimizer, self.names, dict(tensors.get("optimizer", {})))
 
     def _settle_buffers(self) -> None:
-        for buffer in self.network.buffers():
-            if self.ranks.world == 1:
-                return
-            if buffer.is_floating_point():
-                self.ranks.sum(buffer).div_(self.ranks.world)
-            else:
-                dist.broadcast(buffer, src=0)
+        self.ranks.settle(self.network.buffers())
         if self.average is not None:
             self._follow_buffers(self.average)
+
+    def checksum(self) -> int | None:
+        return checksum(self.network.parameters())
 
     def _follow_buffers(self, average: nn.Module) -> None:
         # looked up each time: wrapping, and some forwards, put new tensors in the place of the old ones

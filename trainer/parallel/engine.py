@@ -23,8 +23,23 @@ class Engine(Protocol):
 
     network: nn.Module
     """The bare network: what other phases look through, never wrapped."""
-    average: nn.Module | None
-    """Its exponential moving average in float32 and eval mode; None where none is kept."""
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it keeps an exponential moving average of the weights, in float32."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Names, shapes and dtypes of its weights and buffers as a checkpoint has them; not always their values."""
+
+    @property
+    def scale(self) -> float:
+        """What losses of the next backward should be multiplied with while they pass through other networks in half
+        precision; 1 but for fp16."""
+
+    def evaluated(self) -> nn.Module:
+        """What is sampled and evaluated: the average where one is kept, else the network; whole, in float32, of the
+        last step. A collective."""
 
     def run(self, call: Callable[[Any], T], *, last: bool, eager: bool = False) -> T:
         """`call(network)` through the wrapper, so that its backward reduces gradients.
@@ -32,7 +47,7 @@ class Engine(Protocol):
         last: whether this is the last micro-batch of the update. eager: past torch.compile, for double backward."""
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
-        """Hands over the gradient of the global mean loss at the outputs; ranks are averaged at the last
+        """Hands over the gradient of the global mean loss at the outputs, in float32; ranks are averaged at the last
         micro-batch."""
 
     def step(self, images: int, *, batch: int) -> Applied:
@@ -42,9 +57,11 @@ class Engine(Protocol):
         """Learning rate of the update that begins at `images`."""
 
     def export(self) -> dict[str, dict[str, Tensor]]:
-        """Whole tensors on the CPU by the bare network's names: {"": weights, "ema": ..., "optimizer": ...}.
-
-        A collective: every rank calls it."""
+        """Whole tensors on the CPU by the bare network's names: {"": weights, "ema": ..., "optimizer": ..., "scaler":
+        ...}; on rank 0, where weights are sharded others may get none. A collective."""
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The inverse of `export`, strict. Raises ValueError for names or shapes of another network."""
+
+    def checksum(self) -> int | None:
+        """Of this rank's weights, which all ranks hold alike; None where each holds its own shard."""

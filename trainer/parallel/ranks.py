@@ -1,18 +1,18 @@
 """The processes of a run: who we are, on which device, and the few exchanges that are no gradient."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from trainer.errors import BUG, USER_MISTAKE
-from trainer.parallel.config import DDPConfig
+from trainer.parallel import accelerated
+from trainer.parallel.config import ParallelConfig
 from trainer.parallel.launcher import asked_processes
 
 
@@ -33,6 +33,24 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(tensor, group=self._host if tensor.device.type == "cpu" else None)
         return tensor
+
+    def everyones(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of each rank, in order; of one shape on all of them."""
+        if self.world == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(found, tensor.contiguous(), group=self._host if tensor.device.type == "cpu" else None)
+        return found
+
+    def settle(self, buffers: Iterable[Tensor]) -> None:
+        """Makes buffers of networks the same on all ranks: the mean of what is a float, else rank 0's."""
+        for buffer in buffers:
+            if self.world == 1:
+                return
+            if buffer.is_floating_point():
+                self.sum(buffer).div_(self.world)
+            else:
+                dist.broadcast(buffer, src=0)
 
     def largest(self, number: int) -> int:
         """The largest of the ranks' numbers."""
@@ -96,22 +114,13 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start(config: DDPConfig) -> Ranks:
+def start(config: ParallelConfig) -> Ranks:
     """Joins the process group that the launcher announced.
 
-    Raises ValueError when fewer or more processes came up than the config or the launcher asked for, or when the
-    launcher asks for a backend that the config does not name.
+    Raises ValueError when fewer or more processes came up than the config or the launcher asked for.
     """
     asked = asked_processes()
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",  # autocast is the step's own: Accelerate would patch forward() of the bare networks too
-        dynamo_backend="no",
-    )
-    ranks = Ranks(accelerator)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        kind = accelerator.distributed_type.value
-        raise ValueError(f"parallel.kind: the launcher asks for {kind}, the config for ddp; launch without it")
+    ranks = Ranks(accelerated.start(config))
     if asked is not None and asked[0] != ranks.world:
         raise ValueError(
             f"{asked[0]} processes were asked for by {asked[1]}, {ranks.world} came up; start them with "

@@ -1,0 +1,114 @@
+"""What is asked of Accelerate: the process group, DistributedDataParallel, and DeepSpeed's engines.
+
+Accelerate 1.15 is made for one network. What it gets wrong for two is bypassed here and nowhere else:
+
+- its `backward` and `step` are those of the engine that was prepared first, so engines are called directly;
+- it clips at 1.0 where a plugin has no `gradient_clipping`, so every plugin has one;
+- DeepSpeedPlugin imports transformers to tell it about ZeRO-3, so ours does not tell it;
+- without a GPU, each rank under DeepSpeed believes to be rank 0 of 1, unless the group's backend is named;
+- under DeepSpeed `prepare_model` does not wrap, so a network under DDP beside one under ZeRO is wrapped here.
+"""
+
+import importlib.util
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.parallel import zero_config
+from trainer.parallel.config import DeepSpeedConfig, ParallelConfig
+
+if TYPE_CHECKING:
+    from trainer.parallel.ranks import Ranks
+
+
+def start(config: ParallelConfig) -> Accelerator:
+    """Joins the process group of the launcher's environment. ValueError where that asks for another backend."""
+    if isinstance(config, DeepSpeedConfig):
+        return _with_deepspeed()
+    found = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # autocast is the step's own: Accelerate would patch forward() of the bare networks too
+        dynamo_backend="no",
+    )
+    if found.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        kind = found.distributed_type.value
+        raise ValueError(f"parallel.kind: the launcher asks for {kind}, the config for ddp; launch without it")
+    return found
+
+
+def _with_deepspeed() -> Accelerator:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("parallel.kind: deepspeed is not installed; pip install 'tandem[deepspeed]', or take ddp")
+    cuda = torch.cuda.is_available()
+    _environment(cuda)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not cuda:  # an optimisation of gloo on one machine, which takes minutes and a compiler to build
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")
+    first = _Plugin(hf_ds_config=zero_config.settings(DeepSpeedConfig(), "", clip=None))
+    return Accelerator(
+        deepspeed_plugins={"": first}, mixed_precision="no", dynamo_backend="no", kwargs_handlers=[backend]
+    )
+
+
+def _environment(cuda: bool) -> None:
+    """What Accelerate and DeepSpeed read, where no launcher has set it."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # which excludes DeepSpeed; without a GPU it is the CPU anyway
+    if "RANK" not in os.environ:  # one process: a world of its own
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+class _Plugin(DeepSpeedPlugin):  # type: ignore[misc]
+    def set_deepspeed_weakref(self) -> None:
+        self.dschf = None  # of transformers, which is not there and need not know
+
+
+def prepare(
+    name: str,
+    network: nn.Module,
+    base: torch.optim.Optimizer,
+    *,
+    config: DeepSpeedConfig,
+    clip: float | None,
+    ranks: "Ranks",
+) -> Any:
+    """DeepSpeed's engine of a network and its optimiser."""
+    accelerator: Accelerator = ranks.accelerator
+    plugin = _Plugin(hf_ds_config=zero_config.settings(config, name, clip=clip))
+    plugin.set_mixed_precision("no")
+    accelerator.state.deepspeed_plugins[name] = plugin
+    accelerator.state.select_deepspeed_plugin(name)
+    accelerator.deepspeed_engine_wrapped = None  # it warns of a second one, whose backward nobody calls
+    if numbers := [key for key, parameter in network.named_parameters() if parameter.dim() == 0]:
+        raise ValueError(  # it sends weights as bytes, and torch has no such view of them
+            f"parallel.kind: DeepSpeed cannot hold {name}.{numbers[0]}, a 0-d tensor; give it a dimension, or take ddp"
+        )
+    engine, _ = accelerator.prepare(network, base)
+    assert engine.dp_world_size == ranks.world, f"DeepSpeed sees {engine.dp_world_size} ranks of {ranks.world}"
+    return engine
+
+
+def wrap(network: nn.Module, ranks: "Ranks") -> Any:
+    """Under DistributedDataParallel, where there are several ranks."""
+    accelerator: Accelerator = ranks.accelerator
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.prepare_model(network)
+    if ranks.world == 1:
+        return network
+    return DistributedDataParallel(network, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
