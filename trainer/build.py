@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from trainer import config as configuration
 from trainer import optimizer
 from trainer.config import Config
 from trainer.data import Batch, Stream
@@ -15,7 +16,8 @@ from trainer.methods.vaegan import VAEGANConfig
 from trainer.networks import ImageShape
 from trainer.parallel.engine import Engine
 from trainer.parallel.engines import engine
-from trainer.parallel.ranks import Ranks
+from trainer.parallel.ranks import Ranks, start
+from trainer.parallel.resolve import resolve as resolved
 
 
 def image_shape(config: Config) -> ImageShape:
@@ -38,6 +40,26 @@ def without_losses(config: Config) -> Config:
     if not isinstance(config.method, VAEGANConfig):
         return config
     return replace(config, method=replace(config.method, perceptual=NoPerceptualConfig()))
+
+
+LOCAL = ("data.path", "data.sets", "data.readers", "data.prefetch", "data.cache_mb", "data.remote")
+"""Keys that each machine may have its own way; all others must be alike on all ranks."""
+
+
+def resolve(config: Config) -> tuple[Config, list[str]]:
+    """The config with the backend that the launcher asks for, and lines for the log."""
+    parallel, said = resolved(
+        config.parallel, precision=config.precision, clip=config.optim.clip, compiled=config.compile
+    )
+    return replace(config, parallel=parallel), said
+
+
+def meet(config: Config) -> Ranks:
+    """All ranks, of one code and one config."""
+    flat = configuration.flatten(configuration.to_tree(config))
+    local = tuple(f"{key}." for key in LOCAL)
+    alike = {key: value for key, value in flat.items() if key not in LOCAL and not key.startswith(local)}
+    return start(config.parallel, alike=alike)
 
 
 def build_stream(config: Config, *, split: str, ranks: Ranks) -> Stream:

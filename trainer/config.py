@@ -58,12 +58,15 @@ class LogConfig:
     """Images from one evaluation on the test split to the next; 0 evaluates at the end only."""
     evaluate_images: int = 2_000
     """Test images of an evaluation during the run; the one at the end takes all."""
+    compare_every: int = 50_000
+    """Images from one comparison of all ranks' weights, bit by bit, to the next; where a rank differs the run ends.
+    Each checkpoint is preceded by one; 0 never compares."""
     patience: int = 50
     """Updates in a row that may be skipped for a gradient that is not finite before the run stops with an error."""
 
     def __post_init__(self) -> None:
         bounds.at_least(1, self, "every", "evaluate_images", "patience")
-        bounds.at_least(0, self, "pictures_every", "evaluate_every")
+        bounds.at_least(0, self, "pictures_every", "evaluate_every", "compare_every")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from trainer.errors import one_line
 from trainer.evaluate import evaluate
 from trainer.gallery import Gallery
 from trainer.health import BadSamples, Collapse, NonFinite, Signals, check_finite
+from trainer.parallel.agreement import same_weights
 from trainer.parallel.launcher import asked_processes
-from trainer.parallel.ranks import Ranks, start
+from trainer.parallel.ranks import Ranks
 from trainer.phase import Run
 from trainer.runlock import RunLock
 from trainer.saving import Saver
@@ -26,15 +27,16 @@ UNREADABLE = 1 << 16  # what a rank says that has no next batch; above every sig
 
 def train(config: Config) -> int:
     """Trains until the budget is spent or a signal comes; returns the exit code: 0, or 128 + the signal once saved."""
+    config, said = build.resolve(config)
     build.check_world(config, world=(asked_processes() or (1, ""))[0])
-    ranks = start(config.parallel)
+    ranks = build.meet(config)
     with contextlib.ExitStack() as stack:
         stack.callback(ranks.close)
         ranks.together(lambda: stack.enter_context(RunLock(config.run)) and None)  # two runs never share a folder
-        return _train(config, ranks, stack.enter_context(Signals()), stack)
+        return _train(config, ranks, stack.enter_context(Signals()), stack, said=said)
 
 
-def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.ExitStack) -> int:
+def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.ExitStack, *, said: list[str]) -> int:
     # ---- build
     first = ranks.rank == 0
     micro_batches = config.micro_batches(ranks.world)
@@ -60,7 +62,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
     gallery = Gallery(config, method, test, board=board, ranks=ranks)
     gallery.describe()
     bad = [BadSamples(one, folder=config.run / "quarantine", ranks=ranks) for one in (stream, test)]
-    for line in saver.said:
+    for line in (*said, *saver.said):
         terminal.note(line)
 
     # ---- train
@@ -104,6 +106,9 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
             code, stopping = UNREADABLE, True
         terminal.advance(images)
         speed.pause()
+        saving = now(config.checkpoint.every) or stopping
+        if config.log.compare_every and (saving or now(config.log.compare_every)):
+            same_weights(engines, ranks, images=images)
         if now(config.log.evaluate_every) and not stopping:
             limit = config.log.evaluate_images
             metrics = evaluate(method, build.averages(engines), test, config=config, limit=limit, ranks=ranks)
@@ -111,7 +116,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
             board.scalars(images, {f"test/{name}": value for name, value in metrics.items()})
         if now(config.log.pictures_every) and not stopping:
             gallery.draw(images, build.averages(engines))
-        if now(config.checkpoint.every) or stopping:
+        if saving:
             board.flush()
             saver.save(images, metrics=metrics, seconds=speed.total)
         speed.resume()

@@ -27,9 +27,16 @@ from trainer.parallel.config import DeepSpeedConfig, ParallelConfig
 if TYPE_CHECKING:
     from trainer.parallel.ranks import Ranks
 
+_SAID = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_GRADIENT_")
+
 
 def start(config: ParallelConfig) -> Accelerator:
-    """Joins the process group of the launcher's environment. ValueError where that asks for another backend."""
+    """Accelerate's view of the process group that `rendezvous.join` has formed, or of one process.
+
+    What the launcher asked for has become `config` (resolve.py): Accelerate is not to hear it a second time."""
+    for name in list(os.environ):
+        if name.startswith(_SAID):
+            del os.environ[name]
     if isinstance(config, DeepSpeedConfig):
         return _with_deepspeed()
     found = Accelerator(
@@ -37,9 +44,8 @@ def start(config: ParallelConfig) -> Accelerator:
         mixed_precision="no",  # autocast is the step's own: Accelerate would patch forward() of the bare networks too
         dynamo_backend="no",
     )
-    if found.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        kind = found.distributed_type.value
-        raise ValueError(f"parallel.kind: the launcher asks for {kind}, the config for ddp; launch without it")
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    assert found.distributed_type in known, found.distributed_type
     return found
 
 

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from trainer import bounds
+
 Stage = Literal[0, 1, 2, 3]
 
 
@@ -17,9 +19,11 @@ class AutoConfig:
     kind: Literal["auto"] = "auto"
     processes: int | None = None
     """Processes that must come up, over all machines; null takes what the launcher asked for."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others at the start; then it says which did not come."""
 
     def __post_init__(self) -> None:
-        _check_processes(self.processes)
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,11 @@ class DDPConfig:
     kind: Literal["ddp"] = "ddp"
     processes: int | None = None
     """Processes that must come up, over all machines; null takes what the launcher asked for."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others at the start; then it says which did not come."""
 
     def __post_init__(self) -> None:
-        _check_processes(self.processes)
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,11 @@ class DeepSpeedConfig:
     """DeepSpeed's own JSON, for what has no key here (bucket sizes, overlap); configs/deepspeed has one a stage."""
     processes: int | None = None
     """Processes that must come up, over all machines; null takes what the launcher asked for."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others at the start; then it says which did not come."""
 
     def __post_init__(self) -> None:
-        _check_processes(self.processes)
+        _check(self)
 
     @property
     def stages(self) -> set[int]:
@@ -65,9 +73,10 @@ class DeepSpeedConfig:
         return self.discriminator if network == "discriminator" and self.discriminator is not None else self.stage
 
 
-def _check_processes(processes: int | None) -> None:
-    if processes is not None and processes < 1:
-        raise ValueError(f"processes: {processes} must be at least 1")
+def _check(config: AutoConfig | DDPConfig | DeepSpeedConfig) -> None:
+    if config.processes is not None and config.processes < 1:
+        raise ValueError(f"processes: {config.processes} must be at least 1")
+    bounds.above_zero(config, "timeout")
 
 
 ParallelConfig = Annotated[AutoConfig | DDPConfig | DeepSpeedConfig, Field(discriminator="kind")]

@@ -1,10 +1,12 @@
 """What the launcher was asked for, so that a world that came up smaller is refused instead of training quietly.
 
-accelerate 1.15 starts one process for `accelerate launch --cpu --num_processes 2`, for MULTI_CPU config files, and
-one a machine for `--num_machines 2 --cpu`, each time without a word.
+The backend that it asks for is resolve.py's. accelerate 1.15 starts one process for `accelerate launch --cpu
+--num_processes 2`, for MULTI_CPU config files, and one a machine for `--num_machines 2 --cpu`, each time without a
+word.
 """
 
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -19,6 +21,47 @@ def asked_processes() -> tuple[int, str] | None:
         return accelerate
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     return (tasks, "srun (SLURM_STEP_NUM_TASKS)") if tasks > 1 else None
+
+
+def take_srun() -> None:
+    """Under `srun python -m trainer` SLURM's variables become torch's, as torchrun would set them."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in os.environ or tasks == "1" or _accelerate_parent(_command_line(os.getppid())) is not None:
+        return
+    needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)}: not set, but SLURM_STEP_NUM_TASKS is {tasks}; start with `srun python -m trainer "
+            "CONFIG`, or unset SLURM_STEP_NUM_TASKS for a process of its own"
+        )
+    job, step = int(os.environ["SLURM_JOB_ID"]), os.environ.get("SLURM_STEP_ID", "0")
+    port = 20_000 + (job * 16 + (int(step) if step.isdigit() else 0)) % 10_000  # below the ports given out by Linux
+    found = {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": _tasks_here(os.environ["SLURM_STEP_TASKS_PER_NODE"]),
+    }
+    os.environ.update(found)
+    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _first_host(listed: str) -> str:
+    """`gpu[03-05,09],login1` -> gpu03"""
+    name, bracket, rest = re.split(r",(?![^\[]*\])", listed)[0].partition("[")
+    first = re.split(r"[-,\]]", rest)[0] if bracket else ""
+    return f"{name}{first}{rest.partition(']')[2]}"
+
+
+def _tasks_here(listed: str) -> str:
+    """`2(x3),1` -> 2 on the first three machines, 1 on the fourth."""
+    counts: list[str] = []
+    for part in listed.split(","):
+        count, _, times = part.partition("(x")
+        counts += [count] * int(times.rstrip(")") or 1)
+    return counts[min(int(os.environ.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
 def _command_line(pid: int) -> list[str]:

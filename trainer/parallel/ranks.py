@@ -1,7 +1,8 @@
 """The processes of a run: who we are, on which device, and the few exchanges that are no gradient."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,22 +12,23 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainer.errors import BUG, USER_MISTAKE
-from trainer.parallel import accelerated
+from trainer.parallel import accelerated, rendezvous
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.launcher import asked_processes
+from trainer.parallel.launcher import asked_processes, take_srun
 
 
 class Ranks:
     """This process among the others. Made once, before anything is allocated."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, *, store: object = None, timeout: float = 600.0) -> None:
+        """store: what must live as long as the group. timeout: seconds to connect."""
+        self.accelerator, self._store = accelerator, store
         started = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if started else 0
         self.world = dist.get_world_size() if started else 1
         self.device: torch.device = accelerator.device
         # Accelerate's group speaks NCCL alone on GPUs; what ranks agree on goes over the CPU and waits for no GPU
-        self._host = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._host = _host_group(timeout) if self.world > 1 else None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -114,13 +116,27 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start(config: ParallelConfig) -> Ranks:
+def _host_group(timeout: float) -> dist.ProcessGroup:
+    try:
+        found = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise rendezvous.unconnected(error, timeout=timeout) from None
+    assert isinstance(found, dist.ProcessGroup)
+    rendezvous.patient(found, "gloo")
+    return found
+
+
+def start(config: ParallelConfig, *, alike: Mapping[str, Any] | None = None) -> Ranks:
     """Joins the process group that the launcher announced.
 
-    Raises ValueError when fewer or more processes came up than the config or the launcher asked for.
+    alike: flat keys of the run's config that all ranks must have in common. Raises ValueError when fewer or more
+    processes came up than the config or the launcher asked for, and, within `config.timeout`, when ranks are missing,
+    there twice or of another mind.
     """
+    take_srun()
     asked = asked_processes()
-    ranks = Ranks(accelerated.start(config))
+    store = rendezvous.join(alike or {}, timeout=config.timeout)
+    ranks = Ranks(accelerated.start(config), store=store, timeout=config.timeout)
     if asked is not None and asked[0] != ranks.world:
         raise ValueError(
             f"{asked[0]} processes were asked for by {asked[1]}, {ranks.world} came up; start them with "

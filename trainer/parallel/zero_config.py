@@ -6,26 +6,43 @@ from typing import Any
 
 from trainer.parallel.config import DeepSpeedConfig
 
+BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+OPTIMISER = ("optimizer", "scheduler")
 OURS = {
-    "train_batch_size": "batch",
-    "train_micro_batch_size_per_gpu": "micro_batch",
-    "gradient_accumulation_steps": "micro_batch",
+    **dict.fromkeys(BATCHES, "batch and micro_batch"),
+    **dict.fromkeys(OPTIMISER, "optim"),
     "gradient_clipping": "optim.clip",
-    "optimizer": "optim",
-    "scheduler": "optim",
     "fp16.enabled": "parallel.weights",
     "bf16.enabled": "parallel.weights",
     "zero_optimization.stage": "parallel.stage",
     "zero_optimization.offload_optimizer.device": "parallel.offload",
+    "zero_optimization.offload_param.device": "parallel.offload, which leaves weights where they are",
 }
-"""What the run's config decides, by which key; a file says `auto` or nothing."""
+"""What the run's config decides, by which key; a file says the same, `auto` or nothing."""
 
 
 def settings(config: DeepSpeedConfig, network: str, *, clip: float | None) -> dict[str, Any]:
-    """DeepSpeed's configuration of a network. ValueError names the file and the key that it may not set."""
+    """DeepSpeed's configuration of a network. ValueError names the file and the key that contradicts the config."""
     found = {} if config.file is None else read(config.file)
+    decided = {
+        "gradient_clipping": clip or 0.0,
+        "fp16.enabled": config.weights == "fp16",
+        "bf16.enabled": config.weights == "bf16",
+        "zero_optimization.stage": config.stage,
+        "zero_optimization.offload_optimizer.device": config.offload,
+        "zero_optimization.offload_param.device": "none",
+    }
+    for key, ours in OURS.items():
+        held = _take(found, key, config.file)
+        if held != "auto" and (key not in decided or held != decided[key]):
+            words = f", {decided[key]!r} here" if key in decided else ""
+            raise ValueError(
+                f"parallel.file: {config.file}: {key}: {held!r}, but that is set by {ours}{words}; leave it out, or "
+                'write "auto"'
+            )
     zero = found.get("zero_optimization", {})
-    offload = zero.get("offload_optimizer", {}) | {"device": config.offload}
+    offload = zero.pop("offload_optimizer", {}) | {"device": config.offload}
+    zero.pop("offload_param", None)
     return found | {
         # Tandem cuts micro-batches itself and hands over gradients of the whole batch's mean
         "train_micro_batch_size_per_gpu": 1,
@@ -42,7 +59,7 @@ def settings(config: DeepSpeedConfig, network: str, *, clip: float | None) -> di
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The user's own settings, without what the run's config decides."""
+    """The JSON object in a file. ValueError names the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -50,13 +67,17 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"parallel.file: {path}: {reason}") from None
     if not isinstance(found, dict):
         raise ValueError(f"parallel.file: {path}: is no JSON object")
-    for key, ours in OURS.items():
-        node, _, last = key.rpartition(".")
-        holder = found
-        for part in filter(None, node.split(".")):
-            holder = holder.get(part, {})
-            if not isinstance(holder, dict):
-                raise ValueError(f"parallel.file: {path}: {part}: is no JSON object")
-        if holder.pop(last, "auto") != "auto":
-            raise ValueError(f'parallel.file: {path}: {key}: is set by {ours}; leave it out, or write "auto"')
+    for key in OURS:
+        _take(dict(found), key, path, take=False)
     return found
+
+
+def _take(held: dict[str, Any], key: str, path: Path | None, *, take: bool = True) -> Any:
+    """Takes a dotted key out; "auto" where it is not there. ValueError where a part of it is no object."""
+    *parts, last = key.split(".")
+    for part in parts:
+        inner = held.get(part, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"parallel.file: {path}: {part}: is no JSON object")
+        held = inner
+    return held.pop(last, "auto") if take else held.get(last, "auto")
