@@ -18,7 +18,7 @@ from trainer.parallel.ranks import Ranks
 from trainer.phase import Run
 from trainer.step import train_step
 
-BATCH, SIZE, UPDATES = 16, 8, 6
+BATCH, SIZE, UPDATES = 16, 8, 20
 PYRAMID: dict[str, Any] = {"kind": "conv", "width": 8, "multipliers": [1, 2], "latent": 4}
 CRITIC: dict[str, Any] = {"kind": "global", "width": 8, "multipliers": [1, 2]}
 R3GAN: dict[str, Any] = {"loss": "relativistic", "r1": 0.2, "r2": 0.2, "penalty_interval": 2 * BATCH}
@@ -30,6 +30,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "generator": PYRAMID,
         "discriminator": CRITIC,
         "critic": R3GAN,
+    },
+    "gan_r1": {
+        "kind": "gan",
+        "generator": PYRAMID,
+        "discriminator": CRITIC,
+        "critic": {"loss": "non_saturating", "r1": 0.2},
     },
     "gan_wasserstein": {
         "kind": "gan",
@@ -69,6 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
 OPTIM = {
     "sgd": {"algorithm": "sgd", "lr": 1e-4, "betas": [0.5, 0.99], "clip": 50.0},
     "adam": {"algorithm": "adam", "lr": 1e-3, "betas": [0.5, 0.99], "eps": 1e-4, "clip": 50.0},
+    "clipped": {"algorithm": "sgd", "lr": 1e-2, "betas": [0.5, 0.99], "clip": 0.1},
 }
 
 
