@@ -91,9 +91,19 @@ def test_a_run_that_is_handed_on_through_all_backends_is_the_uninterrupted_one(
             assert difference < tolerance * max(size, SMALL), name
 
 
+@pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.parametrize("optim", ["sgd", "adam"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_goes_on_in_the_same_layout_has_the_same_bits(
-    ranks: list[dict[str, Any]], stage: int, optim: str
+    ranks: list[dict[str, Any]], stage: int, optim: str, offload: str
 ) -> None:
-    assert all(rank["again"][f"{stage}-{optim}"] for rank in ranks)
+    assert all(rank["again"][f"{stage}-{optim}-{offload}"] for rank in ranks)
+
+
+def test_the_page_has_the_table_that_was_measured(zero: Path, starts: Path) -> None:
+    from tests.parallel import table  # it imports this file
+
+    figures, stated = table.measured(zero, starts), table.stated(table.PAGE.read_text())
+    assert figures.keys() == stated.keys()
+    wrong = {place: value for place, value in figures.items() if not value < stated[place] <= TOLERANCE}
+    assert not wrong, "\n".join(table.render(figures))

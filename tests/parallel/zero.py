@@ -51,11 +51,11 @@ def cases() -> Iterator[Case]:
         yield Case("gan", stage, discriminator, "adam", 2)
 
 
-def parallel(backend: str, discriminator: int | None = None) -> dict[str, Any]:
+def parallel(backend: str, discriminator: int | None = None, *, offload: str = "none") -> dict[str, Any]:
     """zero3: DeepSpeed's stage 3, and so on."""
     if not backend.startswith("zero"):
         return {"kind": "ddp"}
-    return {"kind": "deepspeed", "stage": int(backend[-1]), "discriminator": discriminator}
+    return {"kind": "deepspeed", "stage": int(backend[-1]), "discriminator": discriminator, "offload": offload}
 
 
 def exported(made: Small) -> dict[str, dict[str, Tensor]]:
@@ -167,18 +167,19 @@ def _save(folder: Path, images: int, tensors: Mapping[str, Mapping[str, Tensor]]
 def again(ranks: Ranks, out: Path) -> dict[str, bool]:
     """Whether a run that is resumed where its layout does not change has the same bits as one that was not."""
     found = {}
-    for stage, optim in itertools.product(STAGES, ("sgd", "adam")):
-        config = make_config("gan", optim, 2, ranks.world, parallel=parallel(f"zero{stage}"))
+    for stage, optim, offload in itertools.product(STAGES, ("sgd", "adam"), ("none", "cpu")):
+        place = parallel(f"zero{stage}", offload=offload)
+        config = make_config("gan", optim, 2, ranks.world, parallel=place)
         straight = small(config, ranks)
         train(straight, 0, LEG)
         tensors = exported(straight)
-        path = ranks.together(lambda: str(_save(out / f"again-{stage}-{optim}", LEG, tensors)))  # noqa: B023
+        path = ranks.together(lambda: str(_save(out / f"again-{stage}-{optim}-{offload}", LEG, tensors)))  # noqa: B023
         resumed = small(config, ranks)
         take(resumed, checkpoint.load(Path(path)).tensors)
         same = train(straight, LEG, LEG) == train(resumed, LEG, LEG)
         one, two = exported(straight), exported(resumed)
         same = same and all(torch.equal(one[name][key], two[name][key]) for name in one for key in one[name])
-        found[f"{stage}-{optim}"] = same
+        found[f"{stage}-{optim}-{offload}"] = same
     return found
 
 

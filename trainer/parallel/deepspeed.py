@@ -42,6 +42,10 @@ class DeepSpeedEngine:
         average: bool,
         compiled: bool,
     ) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        if config.weights == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ValueError("parallel.weights: fp16 is not supported by this device; take bf16, with precision: bf16")
         self.optim, self.ranks, self.stage = optim, ranks, config.stage_of(name)
         self.plain = copy.deepcopy(network).to("meta")  # without the hooks of stage 3
         network.to(device=ranks.device)
@@ -60,7 +64,11 @@ class DeepSpeedEngine:
         self.averaged = average and optim.config.ema_half_life > 0
         self.averages = [master.detach().clone() for master in self.masters] if self.averaged else []
         self.half = config.weights != "fp32"
-        self.dynamic = config.weights == "fp16"
+        self.dynamic = bool(self.zero.dynamic_loss_scale)
+        if self.dynamic:
+            self.zero.loss_scaler.raise_error_at_min_scale = False  # health.NonFinite ends such a run, on all backends
+            # it would raise the scale before it divides the gradient by it, and halve that update: `step` does it after
+            self._rescale, self.zero._update_scale = self.zero._update_scale, lambda overflow: None
         self._handed: list[Tensor] | None = None
 
     @property
@@ -70,6 +78,10 @@ class DeepSpeedEngine:
     @property
     def scale(self) -> float:
         return float(self.zero.loss_scale)
+
+    @property
+    def floor(self) -> float | None:
+        return float(self.zero.loss_scaler.min_scale) if self.dynamic else None
 
     # ------------------------------------------------------------------ the step
     def run(self, call: Callable[[Any], T], *, last: bool, eager: bool = False) -> T:
@@ -122,6 +134,8 @@ class DeepSpeedEngine:
         for group in self.base.param_groups:
             group["lr"] = self.optim.rate(images)
         self.engine.step()
+        if self.dynamic:
+            self._rescale(self.zero.overflow)
         if self.averaged:
             torch._foreach_lerp_(self.averages, self.masters, 1.0 - self.optim.ema_decay(images, batch=batch))
         device = self.ranks.device
@@ -135,7 +149,10 @@ class DeepSpeedEngine:
         whole = self.layout.whole(self.averages or self.masters, self.ranks, everywhere=True)
         found = copy.deepcopy(self.plain).to_empty(device=self.ranks.device).requires_grad_(False).eval()
         found.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        found.load_state_dict({**whole, **self._buffers()})
+        for name, parameter in found.named_parameters():
+            parameter.copy_(whole[name])
+        for buffer, live in zip(found.buffers(), self.network.buffers(), strict=True):
+            buffer.copy_(live)
         return found
 
     def export(self) -> dict[str, dict[str, Tensor]]:
@@ -170,7 +187,8 @@ class DeepSpeedEngine:
             if parameter.numel() == whole[name].numel():  # all but what stage 3 has not gathered
                 parameter.data.copy_(whole[name])
         for name, buffer in self.network.named_buffers():
-            buffer.copy_(whole[name])
+            if name in whole:  # else it is none of the checkpoint's
+                buffer.copy_(whole[name])
 
     def _export(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
         whole = self.layout.whole(flats, self.ranks, everywhere=False)
