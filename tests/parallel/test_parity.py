@@ -14,7 +14,7 @@ from tests.parallel.cases import METHODS, OPTIM, UPDATES
 # The splits differ by the order of float32 sums alone. A sum of n = 16 samples x 64 pixels in another order moves by
 # about sqrt(n) = 32 roundings of 6e-8 / 32, a few 1e-7 of its size. SGD passes that on as it is: 1e-6. Adam divides the
 # first moment by the root of the second, so where a gradient is no larger than its eps (1e-4 here) an error of 1e-7 in
-# the loss becomes 1e-7 / 1e-4 = 1e-3 of an update of 1e-3, 1e-6 of a weight of order 1, and twenty updates add up: 1e-5.
+# the loss becomes 1e-7 / 1e-4 = 1e-3 of an update of 1e-3, 1e-6 of a weight of order 1. Twenty updates add up: 1e-5.
 TOLERANCE = {"sgd": 1e-6, "clipped": 1e-6, "adam": 1e-5}
 FLOOR = 0.1  # a mean that cancels, as of logits, is compared at the scale of what was summed
 SMALL = 1e-2  # biases that begin at 0 have come this far, or, where their gradient cancels (hinge's head), not at all
