@@ -1,4 +1,4 @@
-"""`tandem train`: one run on this machine, on one or more processes.
+"""`tandem train`: one run on one or more processes of this machine, or of several that are each told so.
 
 Starts its own processes instead of torchrun: the exit code and the one clear line of a worker reach the user as they
 are, Ctrl-C reaches each worker once, and the port of the rendezvous is bound before anybody is told about it, so that
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import NoReturn
 
 from launch.failures import failure_file, first_failure
+from launch.machines import ALONE, Machines, add_arguments, chosen
 from trainer.errors import USER_MISTAKE, to_stderr
 
 POLL = 0.05  # seconds between looks at the workers
@@ -33,11 +34,13 @@ UNCAUSED = tuple(128 + number for number in (signal.SIGKILL, signal.SIGSEGV, sig
 HELP = """\
 Train a config on this machine. What follows CONFIG are overrides of its keys: `tandem train CONFIG --help` lists them.
 Without --processes: one process for each GPU, or one where there is none.
+On several machines, give the same command on each of them, but for --machine.
 """
 EXAMPLE = """\
 examples:
   tandem train configs/vaegan_fashion.yaml --processes 2
   tandem train configs/vae_fashion.yaml optim.lr=2e-4 run=runs/vae_fast
+  tandem train configs/vae_fashion.yaml --machines 2 --machine 0 --address 10.0.0.1 --port 29500
 
 Ctrl-C once saves a checkpoint and stops (exit code 130); twice stops at once. The same command goes on from there.
 """
@@ -72,13 +75,16 @@ def thread_environment(*, processes: int) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def listen(port: int) -> socket.socket:
-    """The socket that rank 0 will serve the rendezvous on. `port` 0 takes a free one. ValueError when it is taken."""
+def listen(port: int, machines: Machines = ALONE) -> socket.socket:
+    """The socket that rank 0 will serve the rendezvous on, if it runs here. `port` 0 takes a free one. ValueError when
+    it is taken."""
     if not 0 <= port <= 65535:
         raise ValueError(f"--port: {port} is no port; 1 to 65535, or leave it out for a free one")
     server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if machines.number > 0:
+        return server
     try:
-        server.bind(("127.0.0.1", port))
+        server.bind(("127.0.0.1" if machines.count == 1 else "", port))
     except OSError as error:
         server.close()
         raise ValueError(f"--port: {port} cannot be taken ({error.strerror}); without --port a free one is") from error
@@ -86,21 +92,23 @@ def listen(port: int) -> socket.socket:
     return server
 
 
-def environment(*, processes: int, server: socket.socket, failures: Path) -> dict[str, str]:
+def environment(
+    *, processes: int, server: socket.socket, failures: Path, port: int = 0, machines: Machines = ALONE
+) -> dict[str, str]:
     """The environment that all ranks share: torch.distributed's variables, threads, and where to report a failure."""
     shared = {
         **os.environ,
         **thread_environment(processes=processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(server.getsockname()[1]),
-        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": machines.address,
+        "MASTER_PORT": str(port or server.getsockname()[1]),
+        "WORLD_SIZE": str(machines.count * processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # every rank is a client of the store that launch.worker serves
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TANDEM_LAUNCHER": str(os.getpid()),
         "TANDEM_FAILURES": str(failures),
     }
-    if sys.platform == "linux":
+    if sys.platform == "linux" and machines.count == 1:
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would look up the host's name, which may lead nowhere
     return shared
 
@@ -115,9 +123,9 @@ def python(module: str) -> list[str]:
     return [sys.executable, "-c", f"{path}; import runpy; runpy.run_module({module!r}, None, '__main__', True)"]
 
 
-def start(command: Sequence[str], *, rank: int, shared: dict[str, str], server: socket.socket) -> Worker:
+def start(command: Sequence[str], *, rank: int, local: int, shared: dict[str, str], server: socket.socket) -> Worker:
     """Starts one rank, in a session of its own, so that the terminal's Ctrl-C reaches it only through us."""
-    variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
     inherited: tuple[int, ...] = ()
     if rank == 0:
         variables["TANDEM_STORE_FD"] = str(server.fileno())
@@ -206,20 +214,24 @@ def report(failed: Worker, failures: Path) -> int:
     return first.code
 
 
-def launch(module: str, arguments: Sequence[str], *, processes: int, port: int = 0) -> int:
-    """Runs `module`'s `main(arguments)` on `processes` ranks.
+def launch(module: str, arguments: Sequence[str], *, processes: int, port: int = 0, machines: Machines = ALONE) -> int:
+    """Runs `module`'s `main(arguments)` on `processes` ranks of this machine.
 
     Returns 0, the exit code of the rank that failed first (its message is the only one printed), or 130 after a Ctrl-C
     and 143 after a SIGTERM that stopped the run.
     """
     command = [*python("launch.worker"), module, *arguments]
     workers: list[Worker] = []
-    with tempfile.TemporaryDirectory(prefix="tandem-") as folder, listen(port) as server:
+    with tempfile.TemporaryDirectory(prefix="tandem-") as folder, listen(port, machines) as server:
         try:
             with forwarded_signals(workers) as came:
-                shared = environment(processes=processes, server=server, failures=Path(folder))
-                for rank in range(processes):
-                    workers.append(start(command, rank=rank, shared=shared, server=server))
+                failures = Path(folder)
+                shared = environment(
+                    processes=processes, server=server, failures=failures, port=port, machines=machines
+                )
+                for local in range(processes):
+                    rank = machines.number * processes + local
+                    workers.append(start(command, rank=rank, local=local, shared=shared, server=server))
                     if came:  # a signal between fork and append did not reach it
                         send(workers[-1:], came[-1])
                 failed = watch(workers, came)
@@ -242,13 +254,15 @@ def main(argv: list[str]) -> int:
         prog="tandem train",
         description=HELP,
         epilog=EXAMPLE,
-        usage="tandem train CONFIG [key=value ...] [--processes N] [--port PORT]",
+        usage="tandem train CONFIG [key=value ...] [--processes N] [--port PORT]\n"
+        "         [--machines N --machine I --address HOST]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
     parser.add_argument("--processes", type=int, metavar="N", help="ranks to start on this machine")
     parser.add_argument("--port", type=int, default=0, help="port of the rendezvous (default: a free one)")
+    add_arguments(parser)
     options, rest = parser.parse_known_args(argv)
     if not rest or rest[0] in ("-h", "--help"):
         parser.print_help()
@@ -256,6 +270,7 @@ def main(argv: list[str]) -> int:
     processes = options.processes if options.processes is not None else max(1, visible_gpus())
     if processes < 1:
         raise ValueError(f"--processes: {processes} is not a number of processes; 1 is the least")
-    if processes == 1 or {"-h", "--help"} & set(rest):
+    machines = chosen(options)
+    if processes * machines.count == 1 or {"-h", "--help"} & set(rest):
         become_trainer(rest)
-    return launch("trainer.__main__", rest, processes=processes, port=options.port)
+    return launch("trainer.__main__", rest, processes=processes, port=options.port, machines=machines)

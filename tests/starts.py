@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -87,6 +87,29 @@ def train(logs: Path, *argv: str, world: int = 1) -> Started:
     return _start(logs, _train, argv, world=world)
 
 
+def each(
+    logs: Path,
+    *ranks: tuple[Sequence[str], Mapping[str, str]],
+    before: Sequence[Callable[[], None]] = (),
+) -> Started:
+    """`python -m trainer argv` once for each (argv, environment variables) of `ranks`.
+
+    before: what each of them calls first, in its process."""
+    logs.mkdir(parents=True, exist_ok=True)
+    processes, files = [], []
+    for number, (argv, variables) in enumerate(ranks, len(list(logs.glob("*.out")))):
+        log = logs / f"{number:03d}.log"
+        first = before[len(files)] if before else None
+        arguments = (list(argv), dict(variables), log, ROOT, first)
+        process = CONTEXT.Process(target=_train, args=arguments, daemon=True)
+        process.start()
+        log.with_suffix(".out").touch()
+        log.with_suffix(".err").touch()
+        processes.append(process)
+        files.append(log)
+    return Started(processes, files)
+
+
 def tandem(logs: Path, *argv: str, cwd: Path = ROOT) -> Ended:
     """The `tandem` command in a process of its own, to its end."""
     return _start(logs, _tandem, argv, cwd=cwd).wait()
@@ -132,9 +155,17 @@ def _start(
 
 
 # ---------------------------------------------------------------- in the started process
-def _train(argv: list[str], variables: Mapping[str, str], log: Path, cwd: Path) -> None:
+def _train(
+    argv: list[str],
+    variables: Mapping[str, str],
+    log: Path,
+    cwd: Path,
+    before: Callable[[], None] | None = None,
+) -> None:
     from trainer.__main__ import main
 
+    if before is not None:
+        before()
     _become(main, argv, variables, log, cwd)
 
 

@@ -42,7 +42,7 @@ def without_losses(config: Config) -> Config:
     return replace(config, method=replace(config.method, perceptual=NoPerceptualConfig()))
 
 
-LOCAL = ("data.path", "data.sets", "data.readers", "data.prefetch", "data.cache_mb", "data.remote")
+LOCAL = ("data.path", "data.readers", "data.prefetch", "data.cache_mb", "data.remote")
 """Keys that each machine may have its own way; all others must be alike on all ranks."""
 
 

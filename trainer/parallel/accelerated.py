@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import socket
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,8 @@ def _with_deepspeed() -> Accelerator:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # it calls torch's collectives by their old names, and torch says so on every rank
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not cuda:  # an optimisation of gloo on one machine, which takes minutes and a compiler to build
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")

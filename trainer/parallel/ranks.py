@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -118,7 +117,7 @@ class Ranks:
 
 def _host_group(timeout: float) -> dist.ProcessGroup:
     try:
-        found = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        found = dist.new_group(backend="gloo", timeout=rendezvous.connecting(timeout))
     except RuntimeError as error:
         raise rendezvous.unconnected(error, timeout=timeout) from None
     assert isinstance(found, dist.ProcessGroup)

@@ -24,6 +24,7 @@ from trainer.parallel import agreement
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PAUSE = 0.05  # seconds between looks into the store
+GLOO_TIMES = 5  # gloo waits so many times as long as it is told for a connection from the other side (torch 2.13)
 FAREWELL = 5.0  # seconds that rank 0 waits, when it has refused, for the others to hear why
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 COLLECTIVES = {"gloo": timedelta(minutes=30), "nccl": timedelta(minutes=10)}  # torch's own; a save may take minutes
@@ -58,7 +59,7 @@ def join(config: Mapping[str, Any], *, timeout: float) -> object:
             store=PrefixStore("group", store),
             rank=place.rank,
             world_size=place.world,
-            timeout=timedelta(seconds=timeout),
+            timeout=connecting(timeout),
         )
     except RuntimeError as error:
         raise unconnected(error, timeout=timeout) from None
@@ -66,6 +67,10 @@ def join(config: Mapping[str, Any], *, timeout: float) -> object:
     patient(dist.group.WORLD, backend)
     store.set_timeout(COLLECTIVES["gloo"])
     return server, store
+
+
+def connecting(timeout: float) -> timedelta:
+    return timedelta(seconds=timeout / GLOO_TIMES)
 
 
 def patient(group: dist.ProcessGroup, backend: str) -> None:
@@ -176,26 +181,28 @@ def _roll_call(store: TCPStore, place: Place, told: Mapping[str, Any], *, timeou
     try:
         if roll.add(f"came/{place.rank}", 1) > 1:
             other = _text(roll, f"host/{place.rank}", until=time.monotonic() + FAREWELL) or "elsewhere"
-            fault = f"rank {place.rank} was started twice, on {other} and on {here}; {_numbers(place)}"
+            fault = f"rank {place.rank} was started twice, on {other} and on {here}; {_numbers()}"
             roll.set("fault", fault)
             raise ValueError(fault)
         roll.set(f"host/{place.rank}", here)
-        roll.set(f"told/{place.rank}", json.dumps([place.world, told]))
         ends = time.monotonic() + timeout
         if place.rank == 0:
+            roll.set("world", str(place.world))
+        world = _text(roll, "world", until=ends)
+        if world not in (None, str(place.world)):  # it may be one that rank 0 does not wait for
+            fault = f"rank {place.rank} is one of {place.world}, rank 0 one of {world}; {_numbers()}"
+            roll.set("fault", fault)
+            raise ValueError(fault)
+        roll.set(f"told/{place.rank}", json.dumps(told))
+        if place.rank == 0:
             fault = _judge(roll, place, ends=ends, timeout=timeout)
-            roll.set("verdict", json.dumps([place.world, fault]))
+            roll.set("verdict", json.dumps(fault))
             if fault:
                 _until_heard(roll, place)
         else:
             verdict = _text(roll, "verdict", until=ends + FAREWELL)
             roll.add("heard", 1)
-            if verdict is None:
-                fault = f"rank 0 of {place.world} {_late(timeout)}"
-            else:
-                world, fault = json.loads(verdict)
-                if not fault and world != place.world:
-                    fault = f"rank {place.rank} is one of {place.world}, rank 0 one of {world}; {_numbers(place)}"
+            fault = f"rank 0 of {place.world} {_late(timeout)}" if verdict is None else json.loads(verdict)
     except RuntimeError as error:  # torch's, of a store whose server went away
         raise ValueError(f"rank 0 of {place.world} went away at the start: {str(error).splitlines()[0]}") from None
     if fault:
@@ -213,11 +220,7 @@ def _judge(roll: PrefixStore, place: Place, *, ends: float, timeout: float) -> s
             names = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
             return f"rank{'s'[: len(missing) > 1]} {names} of {place.world} {_late(timeout)}"
         time.sleep(PAUSE)
-    told = [json.loads(text) for text in roll.multi_get(keys)]
-    for rank, (world, _) in enumerate(told):
-        if world != place.world:
-            return f"rank {rank} is one of {world}, rank 0 one of {place.world}; {_numbers(place)}"
-    return agreement.disagreement([one for _, one in told])
+    return agreement.disagreement([json.loads(text) for text in roll.multi_get(keys)])
 
 
 def _until_heard(roll: PrefixStore, place: Place) -> None:
@@ -243,5 +246,5 @@ def _late(timeout: float) -> str:
     )
 
 
-def _numbers(place: Place) -> str:
-    return f"each machine must have a machine rank of its own, and all the same number of processes ({place.world})"
+def _numbers() -> str:
+    return "each machine must have a machine rank of its own, and all the same number of machines and processes"
