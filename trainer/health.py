@@ -53,9 +53,13 @@ class Signals:
 
 
 class NonFinite:
-    """Counts skipped updates a network; the count is the same on all ranks, since the gradient was."""
+    """Counts skipped updates a network; the count is the same on all ranks, since the gradient was.
+
+    fp16 looks for its loss scale by skipping: above the scale's floor a skip counts, but wears out no patience. The
+    floor is 16 halvings down, so what is wrong with the run itself still ends it."""
 
     PREFIX = "skipped/"
+    SCALE = "loss_scale/"
 
     def __init__(self, *, patience: int) -> None:
         self.patience = patience
@@ -68,8 +72,11 @@ class NonFinite:
             if not name.startswith(self.PREFIX):
                 continue
             phase = name.removeprefix(self.PREFIX)
-            for skipped in torch.cat([note.flatten() for note in notes]).tolist():
-                self._row[phase] = self._row.get(phase, 0) + 1 if skipped else 0
+            values = _values(notes)
+            scales = _values(kept[self.SCALE + phase]) if self.SCALE + phase in kept else [1.0] * len(values)
+            for skipped, scale in zip(values, scales, strict=True):
+                worn = 1 if scale <= 1.0 else 0
+                self._row[phase] = self._row.get(phase, 0) + worn if skipped else 0
                 self.total[phase] = self.total.get(phase, 0) + int(skipped)
                 if self._row[phase] >= self.patience:
                     raise ValueError(
@@ -83,6 +90,11 @@ class NonFinite:
 
     def load(self, total: Mapping[str, int]) -> None:
         self.total = dict(total)
+
+
+def _values(notes: list[Tensor]) -> list[float]:
+    found: list[float] = torch.cat([note.flatten() for note in notes]).tolist()
+    return found
 
 
 class Collapse:

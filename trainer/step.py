@@ -37,7 +37,10 @@ def train_step(
                 run.note(f"loss/{phase}/{name}", term.value)
             engines[phase].backward(*run.gradients(terms), last=last)
         run.balance.update(ranks.sum, world=ranks.world)
-        result = engines[phase].step(images, batch=batch)
+        engine = engines[phase]
+        if engine.floor is not None:  # as a multiple of the least it may fall to, for health.NonFinite
+            run.note(f"loss_scale/{phase}", torch.tensor(engine.scale / engine.floor, device=ranks.device))
+        result = engine.step(images, batch=batch)
         run.note(f"gradient_norm/{phase}", result.norm)
         run.note(f"skipped/{phase}", 1.0 - result.applied)
     run.end()

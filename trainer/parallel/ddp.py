@@ -31,6 +31,7 @@ class DDPEngine:
     """
 
     scale = 1.0
+    floor = None
 
     def __init__(
         self, network: nn.Module, *, optim: optimizer.NetworkOptim, ranks: Ranks, average: bool, compiled: bool

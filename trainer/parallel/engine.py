@@ -37,6 +37,10 @@ class Engine(Protocol):
         """What losses of the next backward should be multiplied with while they pass through other networks in half
         precision; 1 but for fp16."""
 
+    @property
+    def floor(self) -> float | None:
+        """What `scale` may fall to; None where it does not move. Above it, a gradient that is not finite lowers it."""
+
     def evaluated(self) -> nn.Module:
         """What is sampled and evaluated: the average where one is kept, else the network; whole, in float32, of the
         last step. A collective."""
