@@ -1,7 +1,6 @@
 """Two machines train as one, and what is wrong between them is said in one line within the stated time."""
 
 import functools
-import json
 import os
 import re
 import shutil
@@ -15,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests import starts
+from tests.parallel.launches import ACCELERATE, gan, launched, of_one_process, same_losses
 from tests.parallel.machines import Machine, bend, two_machines
-from tests.runs import curves, write_config
+from trainer import config as configuration
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TIMEOUT = 4.0  # parallel.timeout of the starts that are refused, seconds
 TORCHS = re.compile(r"\[(W|E)\d+ |\[/\S+/gloo/")  # of addresses without a name, of connections
@@ -33,8 +32,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 
 @pytest.fixture
 def config(tmp_path: Path, few: Path) -> Path:
-    log = {"pictures_every": 0, "evaluate_every": 0}
-    return write_config(tmp_path / "gan.yaml", "gan", data=few, images=64, log=log, checkpoint={"every": 16})
+    return gan(tmp_path, few)
 
 
 def variables(machine: Machine, *, rank: int, world: int = 2, port: int, at: str | None = None) -> dict[str, str]:
@@ -69,30 +67,6 @@ def refusals(ended: starts.Ended) -> list[str]:
 
 
 # ---------------------------------------------------------------- training
-def launched(machines: Sequence[Machine], commands: Sequence[list[str]], home: Path) -> list[tuple[int, str]]:
-    """(exit code, what it printed) of a command on each machine."""
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    alone |= {"HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            machine.command(*command),
-            cwd=starts.ROOT,
-            env=alone,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for machine, command in zip(machines, commands, strict=True)
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
-
-
 def accelerate(machines: Sequence[Machine], name: str, *words: str) -> list[list[str]]:
     shipped = ["--config_file", f"configs/accelerate/{name}.yaml", "--main_process_ip", machines[0].address]
     port = str(free_port())
@@ -119,15 +93,7 @@ def tandem(machines: Sequence[Machine], *words: str) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, few: Path) -> dict[str, dict[int, float]]:
     """Losses of one process on one machine."""
-    folder = tmp_path_factory.mktemp("alone")
-    log = {"pictures_every": 0, "evaluate_every": 0}
-    path = write_config(folder / "gan.yaml", "gan", data=few, images=64, log=log, checkpoint={"every": 16})
-    starts.train(folder / "logs", str(path)).wait().ok()
-    return losses(path)
-
-
-def losses(config: Path) -> dict[str, dict[int, float]]:
-    return {tag: values for tag, values in curves(config.with_suffix("")).items() if tag.startswith("loss/")}
+    return of_one_process(tmp_path_factory.mktemp("alone"), few)
 
 
 @pytest.mark.parametrize(
@@ -153,19 +119,29 @@ def test_two_machines_train_to_the_losses_of_one(
     else:
         words = [] if backend == "ddp" else ["parallel.kind=deepspeed", "parallel.stage=2"]
         commands = {"torchrun": torchrun, "tandem": tandem}[launcher](machines, str(config), *words)
-    for code, said in launched(machines, commands, tmp_path):
+    there = [machine.command(*command) for machine, command in zip(machines, commands, strict=True)]
+    for code, said in launched(there, tmp_path):
         assert code == 0, said
-    newest = max((config.with_suffix("") / "checkpoints").iterdir())
-    assert json.loads((newest / "state.json").read_text())["world"] == 2
-    resolved = (config.with_suffix("") / "config.yaml").read_text()
-    assert f"kind: {'ddp' if backend == 'ddp' else 'deepspeed'}" in resolved
-    found = losses(config)
-    assert found.keys() == alone.keys() and len(alone) >= 4
-    for tag, values in alone.items():
-        assert found[tag] == pytest.approx(values, rel=1e-4, abs=1e-5), tag
+    same_losses(config, alone, world=2)
+    resolved = configuration.load(config.with_suffix("") / "config.yaml", []).parallel
+    assert resolved.kind == ("ddp" if backend == "ddp" else "deepspeed")
 
 
 # ---------------------------------------------------------------- refusals
+@pytest.mark.slow
+def test_a_launcher_of_accelerates_waits_no_longer_for_a_machine_than_it_is_told(
+    machines: tuple[Machine, Machine], config: Path, tmp_path: Path
+) -> None:
+    """It waits before it starts the trainer, so these are its words."""
+    begun = time.monotonic()
+    command = accelerate(machines, "ddp_machines", str(config))[0]
+    where = command.index("-m", 3)
+    command[where:where] = ["--rdzv_conf", "timeout=3"]
+    ((code, said),) = launched([machines[0].command(*command)], tmp_path)
+    assert code != 0 and "1/2 clients joined" in said.splitlines()[-1] + said.splitlines()[-2]
+    assert time.monotonic() - begun < 60
+
+
 def test_a_machine_that_does_not_come_is_named_within_the_stated_time(
     machines: tuple[Machine, Machine], config: Path, tmp_path: Path
 ) -> None:
