@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from trainer import config as configuration
 
 
 def figures(config: Path, *overrides: str, world: int = 1) -> dict[str, str]:
-    return check.check(configuration.load(config, list(overrides)), world=world)
+    return check.check(configuration.load(config, list(overrides)), world=world).rows
 
 
 def number(text: str, pattern: str) -> float:
@@ -37,11 +38,14 @@ def test_parameters_and_checkpoint_are_those_of_a_run(method: str, few: Path, tm
     assert told == {name: sum(t.numel() for t in load_file(file).values()) for name, file in files.items()}
     size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
     assert number(rows["a checkpoint"], r"([\d.,]+) MB") == pytest.approx(size, abs=0.1)
-    state = sum(sum(t.numel() * t.element_size() for t in load_file(f).values()) for f in path.glob("*.safetensors"))
-    assert number(rows["memory a rank"], r"state ([\d.,]+)") == pytest.approx(state / 1e6, abs=0.06)
-    assert number(rows["memory a rank"], r"gradients ([\d.,]+)") == pytest.approx(
-        4 * sum(told.values()) / 1e6, abs=0.06
-    )
+    tensors = {file.name.removesuffix(".safetensors"): load_file(file) for file in path.glob("*.safetensors")}
+    held = {"parameters": "", "optimizer": ".optimizer", "average": ".ema"}
+    for row, suffix in held.items():
+        found = [t for name in told for t in tensors.get(name + suffix, {}).values() if t.dim() or not suffix]
+        assert number(rows[f"- {row}"], r"^([\d.,]+)") == pytest.approx(
+            4 * sum(map(torch.numel, found)) / 1e6, abs=0.06
+        )
+    assert number(rows["- gradients"], r"^([\d.,]+)") == pytest.approx(4 * sum(told.values()) / 1e6, abs=0.06)
 
 
 def test_a_known_network_has_the_parameters_and_operations_counted_by_hand(few: Path, tmp_path: Path) -> None:
@@ -77,7 +81,7 @@ def test_smaller_micro_batches_need_less_memory_and_cost_the_same(few: Path, tmp
     config = write_config(tmp_path / "run.yaml", "vae", data=few)
     whole, parts = figures(config, "batch=256"), figures(config, "batch=256", "micro_batch=64")
     assert whole["cost"] == parts["cost"]
-    activations = [number(rows["memory a rank"], r"activations ([\d.,]+)") for rows in (whole, parts)]
+    activations = [number(rows["- activations"], r"([\d.,]+)") for rows in (whole, parts)]
     batch = 256 * 28 * 28 * 4 / 1e6  # the images themselves are kept whole
     assert activations[1] == pytest.approx((activations[0] - batch) / 4 + batch, abs=0.1)
 
@@ -129,3 +133,40 @@ def test_a_disk_without_room_for_the_runs_checkpoints_is_told(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(3.5e6 * size)))
     with pytest.raises(ValueError, match=r"4 checkpoints \(keep_last 2 \+ the best"):
         figures(config)
+
+
+def test_a_config_for_deepspeed_is_checked_on_one_process_without_it(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path / "run.yaml", "gan", data=few)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import of it raises
+    words = ["parallel.kind=deepspeed", "parallel.stage=3", "parallel.weights=fp16", "precision=fp16"]
+    rows = figures(config, *words, world=4)
+    assert "ZeRO stage 3" in rows["backend"] and "fp16" in rows["backend"] and "4 ranks" in rows["backend"]
+    assert "one process" in rows["backend"]
+    assert {"- gathered", "- buckets", "sent a rank"} <= set(rows)
+    assert "discriminator/r1" in rows["two updates"]
+    with pytest.raises(ValueError, match="batch: 16 does not divide among 5 ranks"):
+        figures(config, *words, world=5)
+
+
+def test_recomputed_activations_are_smaller_and_cost_a_forward_more(few: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", "vae", data=few)
+    network = "method.autoencoder={{kind: conv, width: 8, multipliers: [1, 2], latent: 3, blocks: 2, recompute: {}}}"
+    kept, again = (figures(config, "batch=64", network.format(word)) for word in ("false", "true"))
+    assert kept["two updates"] == again["two updates"]
+    activations = [number(rows["- activations"], r"([\d.,]+)") for rows in (kept, again)]
+    assert activations[1] < 0.6 * activations[0]
+    cost = [number(rows["cost"], r"([\d.,]+) MFLOPs") for rows in (kept, again)]
+    assert (
+        1.1 < cost[1] / cost[0] < 1.34
+    )  # a forward is a third of an update; the last layer of a part is not run again
+
+
+def test_numbers_of_ranks_are_compared_in_a_table(few: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", "vaegan", data=few)
+    said = starts.tandem(tmp_path / "logs", "check", str(config), "--processes", "1,2,64").ok()
+    for word in ("1 rank ", "64 ranks", "ddp", "stage 1", "stage 2", "stage 3", "never to"):
+        assert word in said.out
+    ended = starts.tandem(tmp_path / "logs", "check", str(config), "--processes", "2,x")
+    assert ended.code == 2 and "2,x is not a number of processes" in ended.err

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from trainer.networks.autoencoder import check_counts
-from trainer.networks.blocks import Norm, full, normalisation, rows, stage
+from trainer.networks.blocks import Body, Norm, full, normalisation, rows, stage
 from trainer.networks.shapes import ImageShape
 
 SLOPE = 0.2  # of LeakyReLU, in every discriminator since DCGAN (Radford et al. 2016)
@@ -26,6 +26,8 @@ class GlobalDiscriminatorConfig:
     """Residual blocks a stage; 0 suits 28 px, 1 or 2 suit 64 px and more."""
     norm: Norm = "none"
     """GroupNorm or none. Never batch statistics: they couple real and fake, and ranks."""
+    recompute: bool = False
+    """Activation checkpointing, as of the autoencoder; a gradient penalty keeps most of what it saves."""
 
     def __post_init__(self) -> None:
         check_counts(self.width, self.multipliers, self.blocks)
@@ -55,6 +57,8 @@ class PatchDiscriminatorConfig:
     """Layers of stride 2; patches of 16, 34, 70 pixels for 1, 2, 3."""
     norm: Norm = "group"
     """GroupNorm or none."""
+    recompute: bool = False
+    """Activation checkpointing, as of the autoencoder; a gradient penalty keeps most of what it saves."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -88,7 +92,7 @@ class GlobalDiscriminator(nn.Module):
             # 4 halves an even size exactly, 3 rounds an odd one up: no pixel is left out and none is seen more often
             conv = nn.Conv2d(channels, out, (4 - size[0] % 2, 4 - size[1] % 2), stride=2, padding=1)
             layers = stage([conv], out, blocks=config.blocks, norm=config.norm, activation=nn.LeakyReLU(SLOPE))
-            stages.append(nn.Sequential(*layers))
+            stages.append(Body(layers, recompute=config.recompute))
             channels, size = out, (-(-size[0] // 2), -(-size[1] // 2))
         self.stages = nn.ModuleList(stages)
         self.head = nn.Linear(channels * size[0] * size[1], 1)
@@ -115,12 +119,14 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         config.check(image)
         channels = config.width
-        stages = [nn.Sequential(nn.Conv2d(image.channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE))]
+        first = nn.Conv2d(image.channels, channels, 4, stride=2, padding=1)
+        stages: list[nn.Module] = [Body([first, nn.LeakyReLU(SLOPE)], recompute=config.recompute)]
         for level in range(1, config.layers + 1):
             out = config.width * min(2**level, 8)
             stride = 2 if level < config.layers else 1
             conv = nn.Conv2d(channels, out, 4, stride=stride, padding=1, bias=config.norm == "none")
-            stages.append(nn.Sequential(conv, normalisation(config.norm, out), nn.LeakyReLU(SLOPE)))
+            layers = [conv, normalisation(config.norm, out), nn.LeakyReLU(SLOPE)]
+            stages.append(Body(layers, recompute=config.recompute))
             channels = out
         self.stages = nn.ModuleList(stages)
         self.head = nn.Conv2d(channels, 1, 4, padding=1)
