@@ -43,6 +43,26 @@ def test_one_update_that_is_taken_begins_the_row_anew() -> None:
     assert watch.export() == {"generator": 18}
 
 
+def scaled(*pairs: tuple[int, float]) -> dict[str, list[torch.Tensor]]:
+    """(skipped, fp16's loss scale over its floor) an update."""
+    scales = [torch.tensor(scale) for _, scale in pairs]
+    return notes(*(skipped for skipped, _ in pairs)) | {"loss_scale/generator": scales}
+
+
+def test_skips_above_the_floor_of_the_loss_scale_count_and_wear_out_no_patience() -> None:
+    watch = NonFinite(patience=2)
+    watch.look(scaled((1, 16.0), (1, 8.0), (1, 4.0), (1, 2.0), (1, 1.0)), images=64)
+    assert watch.export() == {"generator": 5}
+    with pytest.raises(ValueError, match=r"^generator: the gradients of 2 updates in a row"):
+        watch.look(scaled((1, 1.0)), images=128)
+
+
+def test_a_search_within_a_row_does_not_begin_it_anew() -> None:
+    watch = NonFinite(patience=2)
+    with pytest.raises(ValueError, match=r"^generator: "):
+        watch.look(scaled((1, 1.0), (1, 2.0), (1, 1.0)), images=64)
+
+
 def test_networks_do_not_share_a_row() -> None:
     watch = NonFinite(patience=3)
     watch.look(notes(1, 1) | notes(1, 1, phase="discriminator"), images=64)

@@ -189,7 +189,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"(accelerate launch|torchrun|python) .*-m trainer .*": launched,
     r"accelerate launch --cpu --num_processes 2": refused,
     r"python -X dev -m launch\.cli \.\.\.": lambda words, work: program([*words[:-1], "env"], work) and None,
-    r"python -m tools\.bench\.(train|data (plan|read|wait)).*": benchmarked,
+    r"python -m tools\.bench\.(train|parallel|precision|data (plan|read|wait)).*": benchmarked,
     r"python -m tools\.quality .*": measured,
     r"python -m tools\.soak\.data .*": soaked,
     r"make .*": made,
