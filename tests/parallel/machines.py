@@ -38,7 +38,7 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
         try:
             yield _namespaces(stack)
         except _NotAllowed:
-            yield Machine("127.0.0.1", None), Machine("127.0.0.2", None)
+            yield Machine("127.0.0.2", None), Machine("127.0.0.3", None)
 
 
 class _NotAllowed(Exception):

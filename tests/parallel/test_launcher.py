@@ -100,3 +100,23 @@ def test_srun_of_several_tasks_without_a_process_group_is_noticed(monkeypatch: p
     assert launcher.asked_processes() == (4, "srun (SLURM_STEP_NUM_TASKS)")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert launcher.asked_processes() is None
+
+
+@pytest.mark.parametrize(
+    ("listed", "host"),
+    [
+        ("localhost", "localhost"),
+        ("gpu1,gpu2", "gpu1"),
+        ("gpu[03-05,09],login1", "gpu03"),
+        ("gpu[7,9]", "gpu7"),
+        ("rack[1-2]-ib", "rack1-ib"),
+    ],
+)
+def test_the_first_host_of_slurms_list(listed: str, host: str) -> None:
+    assert launcher._first_host(listed) == host
+
+
+@pytest.mark.parametrize(("node", "tasks"), [("0", "2"), ("2", "2"), ("3", "1")])
+def test_the_tasks_of_a_machine_from_slurms_list(node: str, tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NODEID", node)
+    assert launcher._tasks_here("2(x3),1") == tasks
