@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--processes",
-        type=_numbers,
+        type=numbers,
         metavar="N[,N...]",
         help="ranks to plan for (default: the config's, or 1); several: memory and communication of every backend too",
     )
@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """For argparse: 1,2,8."""
     found = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
     if min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of processes, or several as in 1,2,8; 1 is the least")

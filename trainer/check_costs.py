@@ -47,7 +47,7 @@ def rows(
         "- activations": f"{_mb(activations)} MB",
         "- buckets": _each({name: part.buckets for name, part in found.items()}) + _bucket(backends),
         "- gathered": _each({name: part.gathered for name, part in found.items()}),
-        "- copies": _each({name: part.copies for name, part in found.items()}),
+        "- copies": _each({name: max(part.copies, part.sending) for name, part in found.items()}),
         "- on the CPU": _each({name: part.host for name, part in found.items()}),
         "sent a rank": _sent(mean(updates, backends, world=world, lazy=lazy)),
     }

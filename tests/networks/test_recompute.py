@@ -131,3 +131,19 @@ def test_without_gradients_nothing_is_kept_and_nothing_changes() -> None:
     with torch.no_grad():
         kept, again = (loss(build(config, recompute=on), "autoencoder") for on in (False, True))
     assert torch.equal(kept, again)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_recomputes_too() -> None:
+    config = AutoencoderConfig(width=4, multipliers=(1, 2), blocks=1)
+    image, eps = noise(2, 3, 16, 16), noise(2, 16, seed=1)
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        network = dataclasses.replace(config, recompute=on).build(image=ImageShape(3, 16, 16), parameters=3)
+        if on:
+            network.compile()
+        out = network(image, eps)
+        gradients.append(torch.autograd.grad(out["reconstruction"].square().sum(), list(network.decoder.parameters())))
+    for wanted, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)  # the compiler sums in another order

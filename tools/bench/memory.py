@@ -2,8 +2,10 @@
 
     python -m tools.bench.memory                                    # two ranks, 115M parameters; about 5 minutes
     python -m tools.bench.memory --backends ddp,zero2 --width 32 --out memory.json
+    python -m tools.bench.memory --worlds 1,2,8,64,1024             # predicted only, for an f8 autoencoder on GPUs
 
-A VAE-GAN with R1 and R2 takes a few updates under each backend, from noise; the last of them is measured.
+A VAE-GAN with R1 and R2 takes a few updates under each backend, from noise; the last of them is measured. The f8
+autoencoder is of the size of Rombach et al. 2022, with their patch discriminator.
 """
 
 import argparse
@@ -19,8 +21,9 @@ import torch
 
 from tools.bench import turns
 from tools.bench.memory_rank import batch_of
-from trainer import build
+from trainer import build, check_costs
 from trainer import config as configuration
+from trainer.check import numbers
 from trainer.check_watch import watch
 from trainer.config import Config
 from trainer.data import Batch
@@ -55,6 +58,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=1, help="of a rank in an update (default: 1)")
     parser.add_argument("--bucket", type=int, help="elements reduced at a time (default: DeepSpeed's, 500000000)")
     parser.add_argument("--ranks", type=int, default=2, help="(default: 2)")
+    parser.add_argument(
+        "--worlds", type=numbers, metavar="N[,N...]", help="predict these numbers of ranks, and start none"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON too")
     return parser.parse_args(argv)
 
@@ -76,6 +82,35 @@ def pair(backend: str, *, width: int, ranks: int, micro_batches: int, file: Path
         },
         "parallel": BACKENDS[backend] | ({"file": str(file)} if file is not None and backend != "ddp" else {}),
     }
+
+
+def f8(file: Path | None, *, micro_batches: int) -> dict[str, Any]:
+    """As large as that of Rombach et al. 2022, f = 8, with the PatchGAN of Isola et al. 2017. Images of 32 pixels are enough to count."""
+    pyramid = {"kind": "conv", "width": 136, "multipliers": [1, 2, 4, 4], "blocks": 3, "latent": 4}
+    return {
+        "run": "unused",
+        "images": 1000,
+        "batch": 2 * micro_batches,
+        "micro_batch": 2,
+        "data": {"kind": "shards", "path": "unused", "size": 32, "channels": 3},
+        "method": {
+            "kind": "vaegan",
+            "autoencoder": pyramid | {"latent_shape": "map"},
+            "discriminator": {"kind": "patch"},
+        },
+        "parallel": {"kind": "deepspeed"} | ({} if file is None else {"file": str(file)}),
+    }
+
+
+def simulate(tree: dict[str, Any], sizes: list[int]) -> None:
+    config = configuration.parse(tree, source="f8")
+    networks, _ = watched(config, start(DDPConfig()), world=1)
+    print(", ".join(f"{name} {network.size:,} parameters" for name, network in networks.items()))
+    print("MB a rank at the peak of an update, without activations / between updates / sent in an update")
+    table = check_costs.worlds([networks, networks], config.parallel, sizes, lazy=1, cpu=False)
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    for row in table:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
 
 
 def watched(config: Config, ranks: Ranks, *, world: int) -> tuple[dict[str, costs.Network], int]:
@@ -127,13 +162,16 @@ def measured(tree: Mapping[str, Any], *, ranks: int) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     given = parse(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if given.worlds is None else torch.get_num_threads())
     rows = []
     with tempfile.TemporaryDirectory(prefix="tandem-memory-") as folder:
         file = None
         if given.bucket is not None:
             file = Path(folder) / "deepspeed.json"
             file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": given.bucket}}))
+        if given.worlds is not None:
+            simulate(f8(file, micro_batches=given.micro_batches), given.worlds)
+            return 0
         shape = {"width": given.width, "ranks": given.ranks, "micro_batches": given.micro_batches, "file": file}
         trees = {backend: pair(backend, **shape) for backend in given.backends}
         configs = {name: configuration.parse(json.loads(json.dumps(tree)), source=name) for name, tree in trees.items()}

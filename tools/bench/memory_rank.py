@@ -84,17 +84,20 @@ def forget() -> None:
 
 def allocated(found: Any) -> dict[str, int]:
     """What torch's allocator on the CPU had given out, from the profiler's records: at the peak of the measured update
-    and after it."""
+    and after it, once Python has collected."""
     events = found.profiler.kineto_results.events()
-    window = next(e for e in events if e.name() == "measured")
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = peak = 0
-    for when, size in changes:
-        if when > window.start_ns() + window.duration_ns():
-            break
+    spans = {
+        e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in ("measured", "rest")
+    }
+    begin, end = spans["measured"]
+    now, figures = 0, {"allocated": 0, "allocated_peak": 0}
+    for when, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         now += size
-        peak = max(peak, now) if when >= window.start_ns() else now
-    return {"allocated": now, "allocated_peak": peak}
+        if begin <= when <= end:
+            figures["allocated_peak"] = max(figures["allocated_peak"], now)
+        if when <= spans["rest"][1]:
+            figures["allocated"] = now
+    return figures
 
 
 def batch_of(config: Config, device: torch.device, update: int, *, rank: int, world: int) -> Batch:
@@ -130,7 +133,8 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
                 images = update * config.batch
                 train_step(method, engines, parts, run, images=images, batch=config.batch, ranks=ranks)
         figures: dict[str, Any] = {"resident": resident("VmRSS") - before, "resident_peak": resident("VmHWM") - before}
-        del parts
+        with record_function("rest"):
+            gc.collect()  # DeepSpeed's handles hold what they gathered in cycles
         figures["live"] = live()
     if cpu:
         figures |= allocated(found)

@@ -99,7 +99,7 @@ class Memory:
     gradients: int
     """In the network's own phase; under stage 3 always."""
     optimizer: int
-    """Masters, where they are not the weights themselves, and moments."""
+    """Masters, which DeepSpeed holds beside float32 weights too, and moments."""
     average: int
     buckets: int
     """Where gradients are gathered up to be sent: always there under DistributedDataParallel and stage 3, in the
@@ -108,7 +108,11 @@ class Memory:
     """Whole weights of stage 3 while they are used; with a penalty also those of its own and their gradients, and under
     stages 1 and 2 float32 copies of half precision's."""
     copies: int
-    """Flat copies of gradients that are made and dropped: for the norm, to be sent, for the update."""
+    """Flat copies of gradients that are made and dropped: for the norm or the update, or, under stage 3, to be sent."""
+    sending: int
+    """Flat copy of a full bucket that stages 1 and 2 reduce."""
+    once: bool
+    """Whether stages 1 and 2 fill no bucket before backward is done: all is sent then, when activations are gone."""
     host: int
     """What offload puts into the CPU's memory: masters, moments, average and gradients."""
     stage: int
@@ -119,12 +123,15 @@ class Memory:
         always = self.buckets + (self.gradients if self.stage == 3 else 0) if self.stage in (0, 3) else 0
         return self.parameters + self.optimizer + self.average + always
 
-    @property
-    def backward(self) -> int:
-        """On top of `held` when the network's own backward ends, beside what is left of the activations."""
+    def backward(self, activations: int) -> int:
+        """On top of `held` in the network's own backward, at most."""
         if self.stage == 3:
-            return self.gathered + self.copies
-        return self.gradients + self.gathered + (self.buckets if self.stage else 0)
+            return self.gathered + self.copies + activations
+        if self.stage == 0:
+            return self.gradients + activations
+        if self.once:
+            return self.buckets + max(self.gradients + activations + self.gathered, self.sending)
+        return self.buckets + self.gradients + activations + self.gathered + self.sending
 
     @property
     def update(self) -> int:
@@ -142,12 +149,10 @@ def memory(network: Network, backend: Backend, *, world: int) -> Memory:
     if stage == 0:
         sent = FLOAT * size if world > 1 else 0
         copies = 2 * FLOAT * size if backend.cpu else 0  # contiguous copies of the gradients, and they in a row
-        return Memory(FLOAT * size, FLOAT * size, states, average, sent, 0, copies, 0, stage)
+        return Memory(FLOAT * size, FLOAT * size, states, average, sent, 0, copies, 0, False, 0, stage)
     bucket = width * backend.bucket * backend.buckets
     masters = FLOAT * share
     if stage == 3:
-        if width == FLOAT and not backend.offload:
-            masters = 0  # they are the shards that forwards are gathered from
         share = sum(-(-n // world) for n in network.sizes)  # each is cut by itself
         small = sum(n for n in network.sizes if n <= backend.persistent)
         large = size - small
@@ -158,15 +163,16 @@ def memory(network: Network, backend: Backend, *, world: int) -> Memory:
         copies = width * min(size, backend.bucket)  # laid out by rank, to be scattered
     else:
         parameters = width * size
-        # all of it waits for the last micro-batch under stage 1; what this rank updates is copied out of the buckets
-        waits = stage == 1 and network.micro_batches > 1
-        gradients = width * (share + (size if waits else 0))
+        # stage 1 sends nothing before the last backward is done
+        gradients = width * (size if stage == 1 else share)
         # a penalty computes with float32 copies of half precision's weights
         whole, copies = (FLOAT * size if network.passes.exact and width < FLOAT else 0), FLOAT * share
-    if not backend.offload:
-        return Memory(parameters, gradients, masters + states, average, bucket, whole, copies, 0, stage)
+    sending = width * min(size, backend.bucket) if stage < 3 else 0
+    once = stage < 3 and size <= backend.bucket
     host = masters + states + average + FLOAT * share
-    return Memory(parameters, gradients, 0, 0, bucket, whole, copies, host, stage)
+    if backend.offload:
+        return Memory(parameters, gradients, 0, 0, bucket, whole, copies, sending, once, host, stage)
+    return Memory(parameters, gradients, masters + states, average, bucket, whole, copies, sending, once, 0, stage)
 
 
 def total(networks: Mapping[str, Memory], *, activations: int = 0) -> tuple[int, int]:
@@ -178,7 +184,7 @@ def total(networks: Mapping[str, Memory], *, activations: int = 0) -> tuple[int,
     peak = 0
     for own, found in networks.items():
         others = sum(other.gathered for name, other in networks.items() if name != own)
-        peak = max(peak, found.backward + others + activations, found.update)
+        peak = max(peak, found.backward(activations) + others, found.update)
     return held, held + peak
 
 
