@@ -1,7 +1,6 @@
 """What fp16's loss scale does in updates of every network; a part of precision.py's start."""
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from trainer.losses.balance import Term
 from trainer.parallel import deepspeed
 from trainer.parallel.ranks import Ranks
 
+OVERFLOWS = (("gan", 1), ("gan", 2), ("gan", 3), ("vaegan_output", 1), ("vaegan_larsen", 2))
 TINY = 1e-7  # of a loss: its gradient at an output, TINY over 8 images, is none of float16's numbers
 
 
@@ -48,7 +48,7 @@ def poisoned(term: Term, at: int, *, rank: int) -> Term:
 def overflow(ranks: Ranks, out: Path) -> dict[str, Any]:
     """One network's gradient overflows in updates 1 and 2: what each network did in each of 4 updates."""
     found: dict[str, Any] = {}
-    for method, stage in itertools.product(("gan", "vaegan_output", "vaegan_larsen"), STAGES):
+    for method, stage in OVERFLOWS:
         options = {"file": settings(out, ranks, initial_scale_power=8)}
         for victim in make(ranks, method, ADAM, f"{stage}/{FP16}", **options).engines:
             made = make(ranks, method, ADAM, f"{stage}/{FP16}", **options)

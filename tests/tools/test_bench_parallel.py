@@ -14,19 +14,19 @@ def test_a_short_run_has_every_backend_in_one_start_and_writes_ratios_machine_an
 ) -> None:
     pytest.importorskip("deepspeed")
     out = tmp_path / "parallel.json"
-    argv = ["--processes", "1", "--accumulate", "1,2", "--backends", "ddp,zero2-d1", "--width", "4", "--batch", "8"]
+    argv = ["--processes", "1", "--accumulate", "1,2", "--backends", "ddp,zero3-d1", "--width", "4", "--batch", "8"]
     argv += ["--seconds", "0.01", "--rounds", "2", "--out", str(out)]
     assert parallel.main(argv) == 0
     found = json.loads(out.read_text())
     assert found["command"] == "python -m tools.bench.parallel " + " ".join(argv)
     assert found["machine"]["cores"] >= 1 and "deepspeed" in found["versions"]
     cases = [(row["accumulate"], row["variant"]) for row in found["rows"]]
-    assert cases == [(1, "bare"), (1, "ddp"), (1, "zero2-d1"), (2, "ddp"), (2, "zero2-d1")]
+    assert cases == [(1, "bare"), (1, "plain"), (1, "ddp"), (1, "zero3-d1"), (2, "ddp"), (2, "zero3-d1")]
     for row in found["rows"]:
         assert row["processes"] == 1 and row["ms_per_update"] > 0
-        assert ("time_of_bare" in row) == (row["accumulate"] == 1)
+        assert ("time_of_bare" in row) == ("time_of_plain" in row) == (row["accumulate"] == 1)
         assert 0 < row["time_of_ddp"]["least"] <= row["time_of_ddp"]["median"] <= row["time_of_ddp"]["most"]
-    assert "zero2-d1" in capsys.readouterr().out
+    assert "zero3-d1" in capsys.readouterr().out
 
 
 def test_ratios_are_of_time_and_compare_within_their_round() -> None:

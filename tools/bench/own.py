@@ -10,6 +10,7 @@ from tools.bench.recipes import CLOCK
 from trainer import build, progress
 from trainer.config import Config
 from trainer.data import RawBatch, Stream, Transform, to_device
+from trainer.parallel.engine import Engine
 from trainer.parallel.ranks import Ranks
 from trainer.phase import Run
 from trainer.step import means, train_step
@@ -28,10 +29,16 @@ def from_shards(stream: Stream, config: Config) -> Iterator[RawBatch]:
     return stream.batches(CLOCK // config.batch * config.batch)
 
 
-def steps_of(config: Config, ranks: Ranks, batches: Iterator[RawBatch]) -> Callable[[int], None]:
+def steps_of(
+    config: Config,
+    ranks: Ranks,
+    batches: Iterator[RawBatch],
+    *,
+    build_engines: Callable[..., dict[str, Engine]] = build.build_engines,
+) -> Callable[[int], None]:
     """A function that takes `count` updates as trainer/loop.py does: to the device, step, means of notes when due."""
     method = build.build_method(config, device=ranks.device)
-    engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
+    engines = build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
     run = Run(engines, seed=config.seed, balance=method.balance)
     transform = Transform.training(config.data, seed=config.seed)
     clock = [CLOCK // config.batch * config.batch]

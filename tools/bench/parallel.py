@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench import turns
-from tools.bench.parallel_rank import BACKENDS, BARE
+from tools.bench.parallel_rank import BACKENDS, BARE, PLAIN
 from trainer.errors import boundary
 
 
@@ -77,7 +77,7 @@ def rows_of(costs: dict[str, list[float]], *, processes: int, accumulate: int) -
             "variant": name,
             "ms_per_update": round(1e3 * statistics.median(seconds), 2),
         }
-        for base in ("ddp", BARE):
+        for base in ("ddp", BARE, PLAIN):
             if base in costs:
                 row[f"time_of_{base}"] = turns.ratios(seconds, costs[base])
         rows.append(row)
@@ -92,9 +92,10 @@ def main(argv: list[str]) -> int:
             costs = measured(given, processes=processes, accumulate=accumulate)
             found = rows_of(costs, processes=processes, accumulate=accumulate)
             rows += found
-            print(f"\n{processes} processes, {accumulate} micro-batches{'':6} ms/update   time of ddp, of {BARE}")
+            title = f"{processes} processes, {accumulate} micro-batches"
+            print(f"\n{title:32} ms/update   time of ddp, of {BARE}, of {PLAIN}")
             for row in found:
-                ratios = [row[key] for key in (f"time_of_{base}" for base in ("ddp", BARE)) if key in row]
+                ratios = [row[key] for key in (f"time_of_{base}" for base in ("ddp", BARE, PLAIN)) if key in row]
                 told = "   ".join(f"{r['median']:.3f} ({r['least']:.3f} to {r['most']:.3f})" for r in ratios)
                 print(f"  {row['variant']:30} {row['ms_per_update']:10.1f}   {told}", flush=True)
     if given.out is not None:

@@ -6,28 +6,31 @@ torchrun --nproc-per-node 2 -m tools.bench.parallel_rank JOB OUT
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tools.bench import bare, own, turns
 from tools.bench.recipes import CLOCK, PERIOD, RECIPES
 from trainer import config as configuration
+from trainer import optimizer
 from trainer.config import Config
 from trainer.data import RawBatch
+from trainer.methods import Method
 from trainer.parallel.config import DeepSpeedConfig
+from trainer.parallel.ddp import DDPEngine
+from trainer.parallel.engine import Applied, Engine
 from trainer.parallel.ranks import Ranks, start
 
-BARE = "bare"
+BARE, PLAIN = "bare", "plain"
 BACKENDS: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
     "zero1": {"kind": "deepspeed", "stage": 1},
     "zero2": {"kind": "deepspeed", "stage": 2},
     "zero3": {"kind": "deepspeed", "stage": 3},
-    "zero2-d1": {"kind": "deepspeed", "stage": 2, "discriminator": 1},
     "zero3-d1": {"kind": "deepspeed", "stage": 3, "discriminator": 1},
 }
 """zero3-d1: stage 3, its discriminator at 1."""
@@ -58,6 +61,38 @@ def batches(pixels: Tensor, config: Config, ranks: Ranks) -> Iterator[RawBatch]:
         yield RawBatch(image, torch.zeros(count, dtype=torch.int64), position, position, torch.ones(count))
 
 
+class Plain(DDPEngine):
+    """Bare torch in an engine's place, for Tandem's own step: no wrapper, no norm, no look for what is not finite."""
+
+    def run(self, call: Callable[[Any], Any], *, last: bool, eager: bool = False) -> Any:
+        return call(self.network)
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
+        torch.autograd.backward(outputs, gradients)
+
+    @torch.no_grad()
+    def step(self, images: int, *, batch: int) -> Applied:
+        self.optimizer.param_groups[0]["lr"] = self.optim.rate(images)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            torch._foreach_lerp_(self._averages, self.live, 1.0 - self.optim.ema_decay(images, batch=batch))
+        return Applied(applied=torch.ones(()), norm=torch.zeros(()))
+
+
+def plain_engines(config: Config, method: Method, networks: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, Engine]:
+    return {
+        name: Plain(
+            network,
+            optim=optimizer.resolve(config.optim, network=name, total=config.images),
+            ranks=ranks,
+            average=name in method.averaged,
+            compiled=False,
+        )
+        for name, network in networks.items()
+    }
+
+
 def in_group(steps: Any, ranks: Ranks) -> turns.Turn:
     """The same figure on all ranks, so that they agree on the length of a turn: CPU-seconds of all of them, and on GPUs
     seconds of the slowest."""
@@ -81,8 +116,10 @@ def main(argv: list[str]) -> int:
     pixels = torch.randint(0, 256, (IMAGES, 28, 28, 1), dtype=torch.uint8)
     configs = {name: config_of(name, job, world=ranks.world) for name in job["backends"]}
     found = {}
-    if ranks.world == 1 and job["accumulate"] == 1 and ranks.device.type == "cpu":  # what the bare loop is written for
-        found[BARE] = bare.steps_of(bare.loop_of(next(iter(configs.values()))), pixels)
+    if ranks.world == 1 and job["accumulate"] == 1 and ranks.device.type == "cpu":  # as the bare loop is written
+        first = next(iter(configs.values()))
+        found[BARE] = bare.steps_of(bare.loop_of(first), pixels)
+        found[PLAIN] = own.steps_of(first, ranks, batches(pixels, first, ranks), build_engines=plain_engines)
     for name, config in configs.items():
         found[name] = own.steps_of(config, ranks, batches(pixels, config, ranks))
     seconds = turns.measure(
