@@ -50,13 +50,13 @@ def main(argv: list[str]) -> int:
         help="ranks to plan for (default: the config's, or 1); several: memory and communication of every backend too",
     )
     options = parser.parse_intermixed_args(argv)
-    config = configuration.load(options.config, options.overrides)
+    config, said = build.resolve(configuration.load(options.config, options.overrides))
     sizes = options.processes or [config.parallel.processes or 1]
     found = check(config, world=sizes[0], worlds=sizes if len(sizes) > 1 else ())
     table = Table(title=str(options.config), show_header=False, title_justify="left")
     for name, value in found.rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    Console().print(table, *said, sep="\n")
     if found.worlds:
         head, *rows = found.worlds
         table = Table(

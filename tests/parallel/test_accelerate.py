@@ -107,3 +107,9 @@ def test_stage_0_of_the_launcher_runs_as_ddp_and_the_log_says_so(
     assert "ZeRO stage 0 shares nothing out among the ranks: it runs as parallel.kind: ddp" in ended.out
     same_losses(path, alone, world=1)
     assert configuration.load(path.with_suffix("") / "config.yaml", []).parallel == DDPConfig()
+
+
+def test_a_check_is_of_the_backend_that_will_run(few: Path, tmp_path: Path) -> None:
+    words = ("parallel.kind=deepspeed", "parallel.stage=0", "--processes", "2")
+    said = starts.tandem(tmp_path / "logs", "check", str(gan(tmp_path, few)), *words).ok()
+    assert "it runs as parallel.kind: ddp" in " ".join(said.out.split())
