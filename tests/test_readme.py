@@ -3,6 +3,7 @@
 RULES says how each command is run. A command that no rule knows fails, and so does a rule that no page needs.
 """
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -21,6 +22,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from launch import machines
 from launch.cli import VERBS
 from tests import starts
 from tests.starts import ROOT, SHORT
@@ -29,7 +31,7 @@ from trainer import config as configuration
 
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("", "trainer", "trainer/*", "launch", "configs", "tools/*")
+    for folder in ("", "trainer", "trainer/*", "launch", "configs", "configs/*", "tools/*")
     for path in ROOT.glob(f"{folder}/README.md" if folder else "README.md")
 )
 PROGRAMS = ("tandem", "make", "python", "accelerate", "torchrun", "tensorboard", "pip")
@@ -169,6 +171,23 @@ def refused(words: list[str], work: Path) -> None:
     assert "2 processes were asked for by accelerate launch --num_processes, 1 came up" in said
 
 
+def for_machines(words: list[str], work: Path) -> None:
+    """Its options exist; tests/parallel/test_machines.py runs it on two machines."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    if words[0] == "accelerate":
+        told = launch_command_parser().parse_args(words[2:])
+        assert Path(ROOT / told.config_file).exists() and told.machine_rank == 0 and told.main_process_ip
+    elif words[0] == "torchrun":
+        assert get_args_parser().parse_args(words[1:]).nnodes == "2"
+    else:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--port", type=int)
+        machines.add_arguments(parser)
+        assert machines.chosen(parser.parse_known_args(words[2:])[0]).count == 2
+
+
 RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem .*--help": helped,
     r"tandem data make fashion-mnist": lambda words, work: fashion_made([*words, "data"], work),
@@ -182,6 +201,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem train config\.yaml": lambda words, work: trained(
         ["tandem", "train", "runs/vae_fashion/config.yaml", "run=runs/again"], work
     ),
+    r"(accelerate launch|torchrun|tandem train) .*10\.0\.0\.1.*": for_machines,
     r"tandem train .*": trained,
     r"tandem (sample|reconstruct|interpolate)": lambda words, work: forked([*words, "runs/vaegan_fashion"], work),
     r"tandem (check|sample|reconstruct|interpolate) .*": forked,
