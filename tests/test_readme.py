@@ -188,6 +188,13 @@ def for_machines(words: list[str], work: Path) -> None:
         assert machines.chosen(parser.parse_known_args(words[2:])[0]).count == 2
 
 
+def rendered(words: list[str], work: Path) -> None:
+    """It prints what tests/parallel/test_zero.py measures and compares with the page; here from nothing measured."""
+    from tests.parallel import table
+
+    assert callable(table.main) and len(table.render({})) == len(table.render(table.stated(table.PAGE.read_text())))
+
+
 RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem .*--help": helped,
     r"tandem data make fashion-mnist": lambda words, work: fashion_made([*words, "data"], work),
@@ -210,6 +217,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"accelerate launch --cpu --num_processes 2": refused,
     r"python -X dev -m launch\.cli \.\.\.": lambda words, work: program([*words[:-1], "env"], work) and None,
     r"python -m tools\.bench\.(train|parallel|precision|data (plan|read|wait)).*": benchmarked,
+    r"python -m tests\.parallel\.table": rendered,
     r"python -m tools\.quality .*": measured,
     r"python -m tools\.soak\.data .*": soaked,
     r"make .*": made,
