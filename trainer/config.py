@@ -147,7 +147,8 @@ class Config:
 RESUMABLE = (
     "run", "images", "micro_batch", "compile", "parallel", "checkpoint", "log", "optim.lr", "optim.discriminator.lr",
     "data.path", "data.readers", "data.prefetch", "data.cache_mb", "data.verify", "data.remote", "data.limits",
-    "data.max_bad_fraction", "data.allow_pipe",
+    "data.max_bad_fraction", "data.allow_pipe", "method.autoencoder.recompute", "method.generator.recompute",
+    "method.encoder.recompute", "method.decoder.recompute", "method.discriminator.recompute",
 )  # fmt: skip
 """Keys that may differ when a run goes on; each difference is one line in the log."""
 

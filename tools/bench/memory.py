@@ -44,6 +44,7 @@ ROWS = {
     "reduced": "reduced an update",
     "gathered": "gathered an update",
 }
+EXTRA = {"unseen": "not seen to be freed", "resident": "RSS between updates", "resident_peak": "RSS at the peak"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -85,7 +86,7 @@ def pair(backend: str, *, width: int, ranks: int, micro_batches: int, file: Path
 
 
 def f8(file: Path | None, *, micro_batches: int) -> dict[str, Any]:
-    """As large as that of Rombach et al. 2022, f = 8, with the PatchGAN of Isola et al. 2017. Images of 32 pixels are enough to count."""
+    """As large as that of Rombach et al. 2022, with the PatchGAN of Isola et al. 2017; 32 pixels will do to count."""
     pyramid = {"kind": "conv", "width": 136, "multipliers": [1, 2, 4, 4], "blocks": 3, "latent": 4}
     return {
         "run": "unused",
@@ -140,7 +141,7 @@ def predicted(config: Config, networks: Mapping[str, costs.Network], activations
 
 
 def measured(tree: Mapping[str, Any], *, ranks: int) -> dict[str, Any]:
-    """Rank 0's figures of a start."""
+    """Figures of a start: of the rank that held most, as partitions differ; what is sent is alike."""
     with tempfile.TemporaryDirectory(prefix="tandem-memory-") as folder:
         job = Path(folder) / "job.json"
         job.write_text(json.dumps(tree))
@@ -151,10 +152,12 @@ def measured(tree: Mapping[str, Any], *, ranks: int) -> dict[str, Any]:
         )  # fmt: skip
         if ended.returncode:
             raise RuntimeError(ended.stderr)
-        found: dict[str, Any] = json.loads((Path(folder) / "0.json").read_text())
+        each: list[dict[str, Any]] = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    found = max(each, key=lambda figures: int(figures["allocated_peak"]))
     assert found["world"] == ranks
     sent = found["sent"]
-    found["held"], found["peak"] = found["allocated"], found["allocated_peak"]
+    found["held"], found["peak"] = found["live"], found["allocated_peak"]
+    found["unseen"] = max(0, found["allocated"] - found["live"])
     found["reduced"] = sum(size for name, size in sent.items() if "reduce" in name)
     found["gathered"] = sum(size for name, size in sent.items() if "gather" in name)
     return found

@@ -168,7 +168,7 @@ def memory(network: Network, backend: Backend, *, world: int) -> Memory:
         # a penalty computes with float32 copies of half precision's weights
         whole, copies = (FLOAT * size if network.passes.exact and width < FLOAT else 0), FLOAT * share
     sending = width * min(size, backend.bucket) if stage < 3 else 0
-    once = stage < 3 and size <= backend.bucket
+    once = stage == 1 or (stage == 2 and size <= backend.bucket)
     host = masters + states + average + FLOAT * share
     if backend.offload:
         return Memory(parameters, gradients, 0, 0, bucket, whole, copies, sending, once, host, stage)
