@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.data.batch import Batch, RawBatch
 from trainer.data.config import DataConfig, Fit
+from trainer.data.convert import covering
 from trainer.data.pixels import to_float, to_uint8
 from trainer.errors import one_line
 from trainer.kernels import noise
@@ -68,13 +69,11 @@ class Transform:
 def cover(image: Tensor, size: tuple[int, int]) -> Tensor:
     """float (B, C, H, W) scaled (bicubic, a = -0.5, antialiased) until `size` (height, width) is just covered, and the
     centre cut out. The rule of `tandem data make --size`, whose filter is Lanczos."""
-    height, width = image.shape[2:]
-    scale = max(size[0] / height, size[1] / width)
-    scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    if scaled != (height, width):
+    (rows, columns), scaled, centre = covering((image.shape[2], image.shape[3]), size)
+    image = image[:, :, rows, columns]
+    if scaled != image.shape[2:]:
         image = F.interpolate(image, size=scaled, mode="bicubic", antialias=True)
-    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    return image[:, :, top : top + size[0], left : left + size[1]]
+    return image[:, :, centre[0], centre[1]]
 
 
 def to_device(raw: RawBatch, *, device: torch.device | str, transform: Transform) -> Batch:

@@ -105,6 +105,9 @@ class Fill:
                 except Undecodable as error:
                     self._quarantine.add(opened.start + int(number[i]), str(error))
                     bad.append(places[i])
+                except MemoryError as error:  # of this machine, not of the bytes: no reason to take another sample
+                    what = f"{self._where(opened, int(number[i]))}: there is no memory to decode it"
+                    raise ValueError(f"{what}; lower data.limits.megapixels or data.readers") from error
                 except Exception as error:
                     what = f"{self._where(opened, int(number[i]))}: {error or type(error).__name__}"
                     raise RuntimeError(what) from error

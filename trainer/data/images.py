@@ -67,7 +67,7 @@ class Images:
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
             if colour not in ("YCbCr", "RGB", "Gray") or (self.shape[2] == 1 and colour != "Gray"):
                 return False
-            if decode.orientation(data) != 1:
+            if decode.orientation(data) != 1 or convert.scans(data) > convert.MOST_SCANS:
                 return False
             if (height, width) == self._size:
                 simplejpeg.decode_jpeg(data, self._space, buffer=row)
