@@ -138,6 +138,7 @@ class Cache:
         stem, _, kind = name.rpartition(".")
         if not stem or "/" in name or "\0" in name or name.startswith("."):
             raise ValueError(f"{name!r} is no name of a file of a set; make the index again with `tandem data index`")
+        assert not sha256.strip("0123456789abcdef")  # contents.py has looked: no part of a path
         return self.folder / f"{stem}.{sha256[:16]}.{kind}"
 
     def open(self, path: Path, size: int, name: str) -> OpenShard | None:

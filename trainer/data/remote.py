@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from trainer.data.cache import Changed, NoRoom, Part, Stopped
 from trainer.data.fetched import TryAgain
+from trainer.data.store import is_shard
 
 T = TypeVar("T")
 BLOCK = 16 << 20  # bytes of a request
@@ -79,7 +80,7 @@ class Remote:
         except (FileNotFoundError, NotADirectoryError, NotImplementedError):
             found = []
         names = {(unquote(path) if self._web else path).rpartition("/")[2] for path in found}
-        shards = [name for name in names if name.endswith(".tar")]
+        shards = [name for name in names if is_shard(name)]
         if not shards:
             raise ValueError(
                 f"data.path: {self.name} has no index.json and lists no .tar files; make an index with `tandem data "

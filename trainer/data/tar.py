@@ -144,7 +144,7 @@ def _allow(name: str, kind: bytes, where: str, position: int) -> None:
 
 def shown(name: str) -> str:
     """A name for a message: what could steer a terminal is spelled out."""
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
 
 
 def _verify(header: bytes, where: str, position: int) -> None:
