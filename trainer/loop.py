@@ -65,11 +65,17 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
         terminal.note(line)
 
     # ---- train
-    feed, speed = Feed(stream.batches(images), device=ranks.device, transform=transform), Speed(stream, images)
+    feed, speed = (
+        Feed(stream.batches(images, stop=lambda: signals.code > 0), device=ranks.device, transform=transform),
+        Speed(stream, images),
+    )
     code, stopping, fault = 0, False, None
     if images < config.images:
         feed.fetch()
         ranks.agree(feed.fault)
+        if code := ranks.largest(signals.code):
+            terminal.finish(f"stopped at {images:,} images, before an update; the same command begins there again")
+            return code
     while images < config.images and not stopping:
         parts = build.split(feed.take(), micro_batches)
         ending = images + config.batch >= config.images

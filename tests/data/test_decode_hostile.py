@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from trainer.data import ShardsConfig, Stream, convert
 from trainer.data import index as indices
@@ -161,11 +162,15 @@ def test_a_jpeg_of_many_scans_is_bad_before_it_is_decoded(read: str) -> None:
     readings(scans(20))[read]()
 
 
+def filled(jpeg: bytes) -> bytes:
+    """With fill bytes before its first marker (ITU-T T.81, B.1.1.2)."""
+    return jpeg[:2] + b"\xff" * 3 + jpeg[2:]
+
+
 def test_fill_bytes_hide_no_scans() -> None:
-    hidden = scans(300)
-    hidden = hidden[:2] + b"\xff" * 3 + hidden[2:]
     with pytest.raises(Undecodable, match="scans"):
-        decode(hidden, "jpg", channels=3, max_pixels=LIMIT)
+        decode(filled(scans(300)), "jpg", channels=3, max_pixels=LIMIT)
+    assert convert.scans(filled(scans(300, progressive=False))) == 1
 
 
 def test_a_plain_jpeg_has_one_scan_whatever_follows_it() -> None:
@@ -191,15 +196,18 @@ def late(png: bytes) -> bytes:
     return png[:at] + png[end:-12] + png[at:end] + png[-12:]
 
 
-@pytest.mark.parametrize("form", ["png", "late png", "webp", "jpeg"])
+@pytest.mark.parametrize("form", ["png", "late png", "webp", "jpeg", "filled jpeg"])
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_what_lies_on_its_side_is_indexed_as_it_stands(form: str, tag: int) -> None:
     kind = form.split()[-1]
     data = saved(noise(20, 40), kind.upper(), exif=turned_by(tag))
-    data = late(data) if form == "late png" else data
+    data = {"late png": late, "filled jpeg": filled}.get(form, bytes)(data)
     assert orientation(data) == tag
     expected = (40, 20, 3) if tag >= 5 else (20, 40, 3)
     assert decode(data, kind, channels=3, max_pixels=LIMIT).shape == expected
+    assert (
+        convert.pixels(convert.open_image(data, max_pixels=LIMIT), data, background=(0, 0, 0)).image.shape == expected
+    )
     assert shape(data, kind) == expected
     assert shape(data[:-1], kind, whole=False) in (None, expected)  # never the other one
 
@@ -224,12 +232,14 @@ def test_what_is_no_exif_turns_nothing(form: str, mode: str) -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     options: dict[str, object] = {"xmp": xmp}
     if form == "PNG":
-        from PIL.PngImagePlugin import PngInfo
-
         info = PngInfo()
         info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        tag = b"Exif\0\0" + turned_by(6).removeprefix(b"Exif\0\0")  # as ImageMagick writes it
+        info.add_text("Raw profile type exif", f"\nexif\n{len(tag):8}\n{tag.hex()}\n")
         options = {"pnginfo": info}
     data = saved(Image.fromarray(noise(20, 40)).convert(mode), form, **options)
+    image = convert.open_image(data, max_pixels=LIMIT)
+    assert convert.pixels(image, data, background=(0, 0, 0)).image.shape == (20, 40, 3)
     assert decode(data, form.lower(), channels=3, max_pixels=LIMIT).shape == (20, 40, 3)
     assert shape(data, form.lower()) == (20, 40, 3)
 

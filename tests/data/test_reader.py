@@ -220,6 +220,35 @@ def test_closing_releases_a_reader_that_waits_for_a_shard(shards: Path, monkeypa
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
 
 
+def test_a_long_wait_is_told_once_with_what_is_waited_for_and_ends_where_the_run_is_to_end(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reader, "LOOK", 0.01)
+    monkeypatch.setattr(reader, "SILENCE", 0.1)
+    asked, waiting, release = [0], threading.Event(), threading.Event()
+    opening = Local.open
+
+    def open_slowly(self: Local, shard: Any) -> Any:
+        waiting.set()
+        assert release.wait(50)
+        return opening(self, shard)
+
+    def stop() -> bool:
+        asked[0] += waiting.is_set()
+        return asked[0] > 60
+
+    one = stream(shards, readers=1, window=1)
+    monkeypatch.setattr(Local, "open", open_slowly)
+    monkeypatch.setattr(Local, "progress", lambda self, shard: "3 of 9 bytes")
+    monkeypatch.setattr(reader, "PATIENCE", 0.1)  # the reader is stuck
+    with pytest.raises(reader.Interrupted):
+        next(one.batches(0, stop=stop))
+    release.set()
+    name = one.index.shards[int(one.order.shards(0)[0])].name
+    assert capsys.readouterr().err == f"tandem: waiting for data: {shards}/train/{name} (3 of 9 bytes)\n"
+    one.close()
+
+
 # ------------------------------------------------------------------ errors
 def test_an_error_in_a_reader_arrives_at_its_batch_with_shard_and_key(shards: Path) -> None:
     def meet(number: int) -> None:

@@ -159,7 +159,7 @@ class Cache:
     def claim(self, path: Path, size: int | None, *, stopped: Callable[[], bool], patience: float) -> Part | None:
         """The right to fetch a file. Waits while another process (or thread) does so; None when that one has finished
         it. TimeoutError when it got nothing for `patience` seconds."""
-        part = path.with_name(f"{path.name}.{size or 0}{PART}")
+        part = _part(path, size)
         grown, since = -1, time.monotonic()
         while True:
             with explained(self.root):
@@ -189,6 +189,12 @@ class Cache:
                     f"{part}: another process fetches it and got nothing for {patience:.0f} s; end that process"
                 )
             time.sleep(_LOOK)
+
+    def begun(self, path: Path, size: int | None) -> int:
+        """Bytes of a file that somebody fetches."""
+        with contextlib.suppress(FileNotFoundError):
+            return _part(path, size).stat().st_size
+        return 0
 
     def make_room(self, part: Part, size: int, *, keep: Collection[Path]) -> None:
         """Removes the files that were used longest ago, but for `keep`, until this one of `size` bytes fits: first
@@ -266,6 +272,10 @@ class Cache:
             if file >= 0:
                 os.close(file)
         return True
+
+
+def _part(path: Path, size: int | None) -> Path:
+    return path.with_name(f"{path.name}.{size or 0}{PART}")
 
 
 def lock(file: int, kind: int, folder: Path) -> bool:

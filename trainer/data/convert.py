@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from trainer.data.exif import LAID
+from trainer.data.exif import FILL, LAID
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What may be opened, by content: readers that start other programs (EPS) or read little-used formats are left out."""
@@ -95,6 +95,9 @@ def scans(data: bytes) -> int:
     at, channels = 2, -1
     while data[at : at + 1] == b"\xff" and at + 9 < len(data):
         kind = data[at + 1]
+        if kind == FILL:
+            at += 1
+            continue
         if kind in (0xC0, 0xC1):  # frames that are not progressive (ITU-T T.81, B.2.2)
             channels = data[at + 9]
         elif kind == 0xDA:

@@ -12,6 +12,7 @@ from trainer.data.batch import Batch, RawBatch
 from trainer.data.config import DataConfig, Fit
 from trainer.data.convert import covering
 from trainer.data.pixels import to_float, to_uint8
+from trainer.data.reader import Interrupted
 from trainer.errors import one_line
 from trainer.kernels import noise
 
@@ -96,10 +97,13 @@ class Feed:
         self._event: torch.cuda.Event | None = None
 
     def fetch(self) -> None:
-        """Waits for the next batch of the stream, if there is one, and starts its copy."""
+        """Waits for the next batch of the stream, if there is one, and starts its copy. Without batch and fault it
+        comes back where the run is to end."""
         assert self._next is None
         try:
             raw = next(self._batches, None)
+        except Interrupted:
+            return
         except (ValueError, OSError) as error:
             self.fault = one_line(error)
             return

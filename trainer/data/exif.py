@@ -4,6 +4,8 @@ import struct
 
 _EXIF = b"Exif\0\0"
 _ORIENTATION = 274  # EXIF 2.3, 4.6.4
+FILL = 0xFF
+"""May stand before a marker of a JPEG any number of times (ITU-T T.81, B.1.1.2)."""
 LAID = 5
 """Orientations from here on lie on their side: height and width change places."""
 
@@ -14,6 +16,9 @@ def of_jpeg(data: bytes) -> int | None:
     at = 2
     while data[at : at + 1] == b"\xff" and len(data) >= at + 4:
         kind = data[at + 1]
+        if kind == FILL:
+            at += 1
+            continue
         if kind == 0xE1 and data[at + 4 : at + 10] == _EXIF:
             return _tag(data, at + 10)
         if not (0xE0 <= kind <= 0xEF or kind == 0xFE):  # APP0 to APP15, comments

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from trainer.data.index import Shard
 
 T = TypeVar("T")
-_LEAST = 64 << 10  # bytes that make a broken request count as a good one
+_LEAST = 64 << 10  # bytes that a request must bring in time, and that make a broken one count as a good one
 _LONGEST = 60.0  # s of a pause
 _STARTS = 60  # the first pause is this part of data.remote.timeout
 _SMALL = 256 << 20  # bytes of index.json or a table: a million shards, or six million samples of one
@@ -32,6 +33,24 @@ class TryAgain(Exception):
         """pause: seconds that the server asks for."""
         super().__init__(problem)
         self.pause = pause
+
+
+class Pace:
+    """The least that a request must bring: _LEAST bytes in each `timeout` seconds, until it is at its end. One byte now
+    and then would hold all ranks for as long as a server likes."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout, self._since, self._bytes = timeout, time.monotonic(), 0
+
+    def __call__(self, count: int) -> None:
+        """More bytes have come. TryAgain where they are too few."""
+        self._bytes += count
+        now = time.monotonic()
+        if now - self._since <= self._timeout:
+            return
+        if self._bytes < _LEAST:
+            raise TryAgain(f"gave {self._bytes:,} bytes in {self._timeout:g} s, fewer than {_LEAST:,}")
+        self._since, self._bytes = now, 0
 
 
 class Source(Protocol):
@@ -95,6 +114,11 @@ class Fetched:
             while len(self._threads) < min(self._config.ahead, len(self._waiting)) and not self._closed.is_set():
                 self._threads.append(threading.Thread(target=self._run, name="fetch", daemon=True))
                 self._threads[-1].start()
+
+    def progress(self, shard: "Shard") -> str:
+        path, size = self._place(shard)
+        found = self._cache.begun(path, size if shard.sha256 else None)
+        return f"{found:,} of {size:,} bytes" if shard.sha256 else f"{found:,} bytes"
 
     def close(self) -> None:
         """Does not wait for a request that stalls: its thread ends when the request does."""
@@ -219,8 +243,9 @@ class Fetched:
             except TryAgain as problem:
                 failed = 1 if done() - before >= _LEAST else failed + 1
                 if failed > self._config.retries:
+                    often = f", {failed} times in a row" if failed > 1 else ""
                     raise OSError(
-                        f"{where}: {problem}, {failed} times in a row; see whether the server can be reached, then "
+                        f"{where}: {problem}{often}; see whether the server can be reached, then "
                         "start again: what was fetched is kept"
                     ) from None
                 pause = min(self._config.timeout / _STARTS * 2 ** (failed - 1), _LONGEST)

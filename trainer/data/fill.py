@@ -61,6 +61,10 @@ class Fill:
                 real[at], label[at] = self._stand_in(int(real[at]), out[at : at + 1])
         return Filled(real, label)
 
+    def waiting(self) -> str:
+        """What keeps its threads, for a message."""
+        return self._open.waiting()
+
     def close(self) -> None:
         """Lets go of the open shards."""
         self._open.close()

@@ -64,6 +64,7 @@ class OpenShards:
         self._index = index
         self._kept: OrderedDict[int, Opened] = OrderedDict()
         self._lock = threading.Lock()
+        self._opening: list[int] = []
 
     def __call__(self, number: int) -> Opened:
         """Fetches the shard or waits for it where it is remote. Errors are the store's: they name it."""
@@ -72,13 +73,25 @@ class OpenShards:
             if found is not None:
                 self._kept.move_to_end(number)
                 return found
-        file = self._index.store(number).open(self._index.shards[number])  # no lock: it may wait for a network
+        self._opening.append(number)
+        try:
+            file = self._index.store(number).open(self._index.shards[number])  # no lock: it may wait for a network
+        finally:
+            self._opening.remove(number)
         found = Opened(self._index, number, file)
         with self._lock:
             found = self._kept.setdefault(number, found)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return found
+
+    def waiting(self) -> str:
+        """For which shards the threads wait now, and what of them is there: for a message."""
+        said = []
+        for number in dict.fromkeys(self._opening.copy()):
+            store, shard = self._index.store(number), self._index.shards[number]
+            said.append(" ".join([f"{store.name}/{shard.name}", *([f"({p})"] if (p := store.progress(shard)) else [])]))
+        return ", ".join(said) or "bytes of open shards"
 
     def close(self) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trainer.data.cache import Part
-from trainer.data.fetched import TryAgain
+from trainer.data.fetched import Pace, TryAgain
 from trainer.data.remote import redacted
 
 _READ = 1 << 20  # bytes at a time
@@ -66,7 +66,7 @@ class Program:
 
     def _read(self, process: "subprocess.Popen[bytes]", part: Part) -> None:
         assert process.stdout is not None
-        output = process.stdout.fileno()
+        output, pace = process.stdout.fileno(), Pace(self._timeout)
         with selectors.DefaultSelector() as selector:
             selector.register(output, selectors.EVENT_READ)
             while True:
@@ -75,6 +75,7 @@ class Program:
                 block = os.read(output, _READ)
                 if not block:
                     return
+                pace(len(block))
                 part.write(block)
 
     def _last(self, said: BinaryIO, argv: list[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from trainer.data.cache import Changed, NoRoom, Part, Stopped
-from trainer.data.fetched import TryAgain
+from trainer.data.fetched import Pace, TryAgain
 from trainer.data.store import is_shard
 
 T = TypeVar("T")
@@ -173,7 +173,9 @@ async def _get(fs: Any, url: str, part: Part, stop: int, timeout: float) -> bool
         if skip is None:
             return True
         ranged = answer.status == HTTPStatus.PARTIAL_CONTENT
+        pace = Pace(timeout)
         async for block in answer.content.iter_any():
+            pace(len(block))
             part.write(memoryview(block)[skip : skip + stop - part.bytes if ranged else None])
             skip = max(0, skip - len(block))
             if ranged and part.bytes == stop:

@@ -59,6 +59,9 @@ class Store(Protocol):
         """Says that these shards are read next (those of the current window first), and returns at once: they are read
         or fetched ahead. What fails then is raised by `open`. They stay on this machine until the next call."""
 
+    def progress(self, shard: "Shard") -> str:
+        """How much of a shard that is waited for is there, for a message; empty where that cannot be told."""
+
     def close(self) -> None:
         """Ends the threads. Open shards stay open."""
 
@@ -138,6 +141,9 @@ class Local:
 
     def prepare(self, shards: "Sequence[Shard]") -> None:
         self._ahead.files([self.folder / shard.name for shard in shards])
+
+    def progress(self, shard: "Shard") -> str:
+        return ""
 
     def close(self) -> None:
         self._ahead.close()

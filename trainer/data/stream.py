@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 
 import numpy as np
 import webdataset
@@ -92,13 +93,15 @@ class Stream:
             return []
         return [self._reader.quarantine.bad(sample) for sample in found]
 
-    def batches(self, start: int) -> Iterator[RawBatch]:
-        """This rank's share of every global batch from position `start` (images seen) on; endless."""
+    def batches(self, start: int, *, stop: Callable[[], bool] = lambda: False) -> Iterator[RawBatch]:
+        """This rank's share of every global batch from position `start` (images seen) on; endless. stop: whether the
+        run is to end; then whoever waits for a batch gets Interrupted."""
         assert start >= 0
         return self._run(
             Training(self.order, start, self.batch, self.rank, self.world),
             here=lambda request: self.order.shards(int(request.position[0])),
             after=lambda request: self.order.following(int(request.position[0])),
+            stop=stop,
         )
 
     def evaluation(self, batch: int) -> Generator[RawBatch, None, None]:
@@ -122,7 +125,14 @@ class Stream:
         for running in list(self._open):
             running.close()
 
-    def _run(self, source: Training | Evaluation, *, here: Shards, after: Shards) -> Generator[RawBatch, None, None]:
+    def _run(
+        self,
+        source: Training | Evaluation,
+        *,
+        here: Shards,
+        after: Shards,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Generator[RawBatch, None, None]:
         def prepared(requests: Iterator[Request]) -> Iterator[Request]:
             """Tells the stores of the shards of a window, and of the next, when its first request passes."""
             known = np.empty(0, np.int64)
@@ -132,7 +142,7 @@ class Stream:
                     prepare(self.index, np.concatenate([shards, after(request)]))
                 yield request
 
-        running = self._timed(webdataset.DataPipeline(source, prepared, self._reader))
+        running = self._timed(webdataset.DataPipeline(source, prepared, partial(self._reader, stop=stop)))
         self._open.add(running)
         return running
 
