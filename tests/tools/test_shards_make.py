@@ -28,7 +28,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # ------------------------------------------------------------------ the command line
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1B", 1), ("100KB", 100_000), ("64MB", 64_000_000), ("0.5GB", 500_000_000), ("1MiB", 1 << 20), ("2 KiB", 2048)],
+    [
+        ("1B", 1),
+        ("100KB", 100_000),
+        ("100kB", 100_000),
+        ("64MB", 64_000_000),
+        ("0.5GB", 500_000_000),
+        ("1MiB", 1 << 20),
+        ("2 KiB", 2048),
+    ],
 )
 def test_a_size_is_a_number_with_a_unit(text: str, size: int) -> None:
     assert options.size_in_bytes(text) == size

@@ -20,6 +20,7 @@ from tools.shards.pack import Bar, LeftOut, Packed, Plan, complete, pack
 from tools.shards.words import counted
 from trainer.data import convert
 from trainer.data.convert import Undecodable
+from trainer.errors import naming
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
@@ -189,7 +190,9 @@ class Encode:
         try:
             if path.stat().st_size > LARGEST_FILE:
                 raise Undecodable(f"is larger than {LARGEST_FILE:,} bytes")
-            return self._pack(f"{number:09d}", path.read_bytes(), found)
+            with naming(path):
+                data = path.read_bytes()
+            return self._pack(f"{number:09d}", data, found)
         except Undecodable as error:
             return LeftOut(found.name, str(error))
 

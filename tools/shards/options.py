@@ -9,7 +9,7 @@ from pathlib import Path
 FORMATS = ("auto", "jpg", "png", "webp", "npy")
 CACHE = Path("~/.cache/tandem/packages")
 """Where fetched packages stay; beside the trainer's own fetched shards."""
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _KEEP = "resize the shorter side (antialiased), crop the centre; without it sizes are kept"
 
 
@@ -71,7 +71,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def size_in_bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|B)", text)
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
     if found is None or not (value := int(float(found[1]) * UNITS[found[2]])):
         raise argparse.ArgumentTypeError(f"{text} is no size with a unit ({', '.join(UNITS)}), such as 64MB")
     return value

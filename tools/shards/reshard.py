@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.shards import options as shared
+from trainer.errors import naming
 
 if TYPE_CHECKING:  # --help should not wait for numpy and torch
     from tools.shards.encode import Encoded
@@ -171,10 +172,11 @@ class Copy:
     def _members(self, sample: int, shard: int, begin: int, end: int) -> tuple[bytes, "list[tar.Member]"]:
         from trainer.data import tar
 
-        data = os.pread(self._opened(shard).fd, end - begin, begin)
-        where = self.index.store(shard).name
+        where = f"{self.index.store(shard).name}/{self.index.shards[shard].name}"
+        with naming(where):
+            data = os.pread(self._opened(shard).fd, end - begin, begin)
         if len(data) < end - begin:
-            raise ValueError(f"{where}/{self.index.shards[shard].name}: was cut short while it was read")
+            raise ValueError(f"{where}: was cut short while it was read")
         found = tar.members(lambda at, count: data[at : at + count], where, total=len(data), marked=False)
         return data, [member for member in found if member.field]
 
