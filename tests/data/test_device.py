@@ -9,6 +9,7 @@ from PIL import Image
 
 from trainer.data import Feed, RawBatch, Transform, to_device, to_uint8
 from trainer.data.config import Fit
+from trainer.data.reader import Interrupted
 
 
 def rows(data: torch.Tensor, first: int = 0) -> RawBatch:

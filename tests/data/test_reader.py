@@ -249,6 +249,20 @@ def test_a_long_wait_is_told_once_with_what_is_waited_for_and_ends_where_the_run
     one.close()
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_more_batches_than_memory_holds_are_refused_before_any_is_read(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    monkeypatch.setattr(reader, "MEMORY", 7 * 4 * 64)  # bytes: 7 batches of 4 x 8 x 8 x 1
+    options = {"cache_mb": 1 if cached else 0, "readers": 1}
+    assert len(next(stream(shards, prefetch=4, **options).batches(0)).index) == 4
+    if cached:  # then nothing is read ahead
+        assert len(next(stream(shards, prefetch=10**8, **options).batches(0)).index) == 4
+        return
+    with pytest.raises(ValueError, match=r"^data\.prefetch: 100000003 batches of 4 x 8 x 8 x 1 take .* lower it"):
+        next(stream(shards, prefetch=10**8, **options).batches(0))
+
+
 # ------------------------------------------------------------------ errors
 def test_an_error_in_a_reader_arrives_at_its_batch_with_shard_and_key(shards: Path) -> None:
     def meet(number: int) -> None:

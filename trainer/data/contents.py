@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer import durable
-from trainer.data import convert, table, tar
+from trainer.data import table, tar
+from trainer.data.config import LONGEST
 from trainer.data.table import Shard, Span, Spans
 
 FORMAT = 2
@@ -165,7 +166,7 @@ def _count(value: Any, least: int = 0, most: int = MOST) -> int:
     return value
 
 
-def _span(value: Any, most: int = convert.LONGEST) -> Span | None:
+def _span(value: Any, most: int = LONGEST) -> Span | None:
     if value is None:
         return None
     low, high = value

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from trainer.data.config import LONGEST
 from trainer.data.exif import FILL, LAID
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -19,8 +20,6 @@ TURNED = "turned as EXIF says"
 FLATTENED = "transparency laid on the background"
 INKS = "CMYK to RGB"
 SCALED = "float scaled from the given range"
-LONGEST = 65_535
-"""Pixels of a side: what a JPEG can hold."""
 MOST_SCANS = 100
 """Of a JPEG: encoders write 10, and each costs a pass over all of its pixels (CVE-2017-9614 and its like)."""
 _WIDE = 16  # times the wanted side that is scaled before the centre is cut out

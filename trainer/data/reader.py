@@ -1,6 +1,7 @@
 """Requests to batches: a stage of a webdataset pipeline. From memory where the set is small, else by threads from the
 shards."""
 
+import os
 import threading
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from trainer.data.source import Request
 from trainer.errors import to_stderr
 
 PATIENCE = 5.0  # seconds that closing waits for threads; one that waits for a network ends with its request
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes of this machine
 LOOK = 0.5  # seconds between looks at whether the run is to end
 SILENCE = 10.0  # seconds of waiting for a batch after which a line says for what
 SPARE = 3  # buffers beside those that are read ahead: at the consumer, on its way there, just let go
@@ -46,7 +48,8 @@ class Reader:
         self.cached = index.samples * row <= config.cache_mb << 20
         self._fill = Fill(index, modality, self.quarantine)
         self._memory: Memory | None = None
-        self._buffers = Buffers(kept=config.prefetch + SPARE, pinned=torch.cuda.is_available())
+        self._kept = SPARE if self.cached else config.prefetch + SPARE
+        self._buffers = Buffers(kept=self._kept, pinned=torch.cuda.is_available())
 
     def __call__(self, requests: Iterator[Request], stop: Callable[[], bool] = lambda: False) -> Iterator[RawBatch]:
         """stop: asked now and then while a batch is waited for; Interrupted where it says so."""
@@ -91,7 +94,14 @@ class Reader:
         return self._batch(request, data, *work.result())
 
     def _buffer(self, request: Request) -> Tensor:
-        return self._buffers.take((len(request.sample), *self.modality.shape), self.modality.dtype)
+        shape = (len(request.sample), *self.modality.shape)
+        held = self._kept * int(np.prod(shape, dtype=object)) * self.modality.dtype.itemsize
+        if held > MEMORY:
+            raise ValueError(
+                f"{'batch' if self.cached else 'data.prefetch'}: {self._kept} batches of {' x '.join(map(str, shape))} take {held / 1e9:,.3g} GB, this "
+                f"machine has {MEMORY / 1e9:.3g}; lower it, or data.size"
+            )
+        return self._buffers.take(shape, self.modality.dtype)
 
     def _batch(self, request: Request, data: Tensor, real: NDArray[np.int64], label: NDArray[np.int64]) -> RawBatch:
         weight = torch.ones(len(real)) if request.weight is None else torch.from_numpy(request.weight)

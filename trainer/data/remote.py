@@ -66,6 +66,8 @@ class Remote:
         scheme = urlsplit(url).scheme.lower()
         if scheme in ("file", "local") or "::" in url:
             raise ValueError(f"data.path: {url}: name a folder of this machine without file://, and use no ::")
+        if scheme in _PACKAGES and not urlsplit(url).netloc:
+            raise ValueError(f"data.path: {url} names no host or bucket")
         self.name = self.key = f"{url.rstrip('/')}/{split}"
         self._timeout = timeout
         self._web = scheme in ("http", "https")

@@ -40,7 +40,8 @@ class Wanted:
         for key, name in (("image", self.image), ("label", self.label.partition(":")[0])):
             if kind_of(name) in REFUSED:
                 raise ValueError(f"data.{key}: {name} is of a kind that is never read; name another field")
-        if ":" in self.label and kind_of(self.label.partition(":")[0]) != "json":
+        field, colon, key = self.label.partition(":")
+        if colon and not (kind_of(field) == "json" and key):
             raise ValueError(f"data.label: {self.label} is none of auto, FIELD, json:KEY")
 
     @classmethod
