@@ -23,6 +23,10 @@ def failing(error: BaseException) -> Callable[[list[str]], int]:
         (ValueError("optim.lrr: no such key; nearest: lr"), "optim.lrr: no such key; nearest: lr"),
         (ValueError("two\n  lines\n"), "two; lines"),
         (ValueError(), "ValueError"),
+        (
+            ValueError("\u00fc\x1b]0;title\x07\udcfe: is empty"),
+            r"\u00fc\x1b]0;title\x07\udcfe: is empty".replace(r"\u00fc", "\u00fc"),
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "No space left on device: runs/a"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError("the file is cut short"), "the file is cut short"),

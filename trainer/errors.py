@@ -31,6 +31,11 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
+def shown(text: str) -> str:
+    """A line for a terminal: what could steer it (a name may hold anything) or has no sign is spelled out."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -52,7 +57,7 @@ def boundary(main: Callable[[list[str]], int], argv: list[str], *, report: Calla
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             report(traceback.format_exc().rstrip())
-        report(f"tandem: error: {one_line(error)}")
+        report(f"tandem: error: {shown(one_line(error))}")
         return USER_MISTAKE
     except Exception:  # noqa: BLE001  reported in full
         report(traceback.format_exc().rstrip())

@@ -67,6 +67,31 @@ def test_each_kind_has_a_maker_and_a_help_with_an_example(kind: str, capsys: pyt
         assert option in said
 
 
+VERBS = {verb: f"tools.shards.{verb}" for verb in ("make", "index", "reshard", "stats", "show")}
+HELPS = [*VERBS, "verify", *(f"make {kind}" for kind in KINDS)]
+
+
+@pytest.mark.parametrize("words", HELPS)
+def test_every_help_fits_a_terminal(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    verb, *kind = words.split()
+    module = importlib.import_module(VERBS.get(verb, "tools.shards.check"))
+    with pytest.raises(SystemExit):
+        module.main([*kind, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert f"usage: tandem data {words} " in lines[0]
+
+
+def test_what_a_verb_says_goes_through_one_piece() -> None:
+    """Names of files and classes may hold what steers a terminal."""
+    files = (ROOT / "tools" / "shards").glob("*.py")
+    prints = {path.name: path.read_text().count("print(") for path in files if "print(" in path.read_text()}
+    assert prints == {"words.py": 1, "report.py": 1, "stats.py": 1}  # tables of shown names, and JSON, which is ASCII
+
+
 def test_help_does_not_wait_for_numpy_or_torch() -> None:
     code = "import sys; from tools.shards import make, reshard; make.parse(['fashion-mnist', 'x']); "
     code += "reshard.parse(['a', 'b']); print({'numpy', 'torch', 'PIL'} & set(sys.modules))"

@@ -18,6 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from tools.shards.shard import LeftOut, Packed, Shard, into_place, members
 from tools.shards.state import State, whole
+from tools.shards.words import counted
 from trainer import durable
 from trainer.data import ShardsConfig, build, contents, touched
 from trainer.data.contents import AS_MADE
@@ -234,10 +235,12 @@ def _judge(dest: Path, plan: Plan[Item], state: State, max_bad: float) -> None:
     first = f"; the first: {bad[0][0]}: {bad[0][1]}" if bad else ""
     for split, items in plan.splits.items():
         if items and not state.drafts(split):
-            raise ValueError(f"{dest}: none of the {len(items)} images of the {split} split can be used{first}")
+            raise ValueError(f"{dest}: no image of the {split} split can be used (of {len(items):,}){first}")
     if len(bad) > max_bad * total:
+        are = "is" if len(bad) == 1 else "are"
         raise ValueError(
-            f"{dest}: {len(bad)} of {total} images ({len(bad) / total:.1%}) are bad, more than --max-bad {max_bad:g}"
+            f"{dest}: {len(bad):,} of {counted(total, 'image')} ({len(bad) / total:.1%}) {are} bad, "
+            f"more than --max-bad {max_bad:g}"
             f"{first}; "
             f"{state.path} names them all; a higher --max-bad leaves them out"
         )

@@ -105,10 +105,7 @@ def publish(
     for found in drafts:
         name = table.table_name(found.name)
         rows = table.decode((folder / name).read_bytes()).copy()
-        rows["field"] = _numbers([fields.index(field) for field in found.fields])[rows["field"]]
-        if found.texts is not None:
-            names = _numbers([number[text] for text in found.texts] + [-1])  # -1, no label, takes the last one
-            rows["label"] = names[rows["label"]]
+        renumber(rows, found.fields, found.texts, fields=fields, classes=number)
         data = table.encode(rows)
         aside = folder / f"{name}.whole"
         aside.write_bytes(data)
@@ -121,6 +118,22 @@ def publish(
         report=report,
     )  # fmt: skip
     contents.write(target / contents.NAME, known, aside=folder / contents.NAME)
+
+
+def renumber(
+    rows: Rows,
+    found: Sequence[str],
+    texts: Sequence[str] | None,
+    *,
+    fields: Sequence[str],
+    classes: Mapping[str, int],
+) -> None:
+    """A shard's own numbers of fields and of classes as text become those of its set, in place. KeyError, ValueError:
+    the set has no such class or field."""
+    rows["field"] = _numbers([fields.index(field) for field in found])[rows["field"]]
+    if texts is not None:
+        names = _numbers([classes[text] for text in texts] + [-1])  # -1, no label, takes the last one
+        rows["label"] = names[rows["label"]]
 
 
 def build(
