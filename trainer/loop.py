@@ -42,6 +42,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
         stack.enter_context(contextlib.closing(build.build_stream(config, split=split, ranks=ranks)))
         for split in ("train", "test")
     )
+    build.check_splits(stream, test)
     method = build.build_method(config, device=ranks.device)
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
     networks = build.averages(engines)

@@ -38,6 +38,8 @@ class Fault:
     other_range: bool = False
     """Answers with the range one byte further."""
     redirect: str | None = None
+    endless: bool = False
+    """Sends links without end."""
 
 
 @dataclass
@@ -112,6 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.mute:
             self.shared.closing.wait()
             self.close_connection = True
+        elif fault.endless:
+            self.send_response(200)
+            self.end_headers()
+            while not self.shared.closing.is_set():
+                self.wfile.write(b'<a href="0.tar">0</a>\n' * 1000)
         elif fault.redirect:
             self.short(asked, 302, {"Location": fault.redirect})
         elif fault.status:

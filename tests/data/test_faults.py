@@ -128,3 +128,12 @@ def test_a_run_that_waits_for_data_hears_that_it_is_to_end_and_saves_what_was_tr
 def index_of(path: Path) -> None:
     for split in ("train", "test"):
         indices.load(ShardsConfig(path=path, size=28, channels=1), split).close()
+
+
+def test_splits_of_other_classes_are_refused(write: Callable[..., Path], tmp_path: Path) -> None:
+    config = write({}, {})
+    index_of(tmp_path / "set")
+    path = tmp_path / "set" / "test" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": ["cat", "dog", "emu"]}))
+    ended = starts.train(tmp_path / "logs", str(config)).wait()
+    ended.refused("data.path: the classes of", "set/train (3, such as 0)", "set/test (3, such as cat)")

@@ -133,3 +133,21 @@ def test_who_waits_for_a_shard_can_say_how_much_is_there(server: Server, tmp_pat
     hold.released.set()
     assert read(store.open(SHARDS[0])) == content(0)
     store.close()
+
+
+def test_a_list_of_files_is_not_without_end(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_LISTING", 1 << 20)
+    server.faults = [Fault(on="train/", endless=True, times=99)]
+    with pytest.raises(ValueError, match=r"^http://.*/set/train/: its list of files is larger than 1,048,576 bytes"):
+        opened(server.url, tmp_path, timeout=60).shards()
+    assert len(server.of("train/")) == 1
+
+
+def test_links_of_a_page_that_lead_elsewhere_are_no_shards(server: Server, tmp_path: Path) -> None:
+    page = (
+        b'<A class="x" HREF=\'1.tar\'>1</a> <a href="./2.tar">2</a> <a href=/set/train/3.tar?C=M>3</a>'
+        b'<a href="../other/4.tar">4</a> <a href="http://elsewhere/set/train/5.tar">5</a> <a href="/6.tar">6</a>'
+        b'<a href="%C3%A9&amp;%20a.tar">7</a> <a href="sub/8.tar">8</a> <a href="._1.tar">9</a> <a href="x.json">x</a>'
+    )
+    server.files["set/train/"] = page
+    assert opened(server.url, tmp_path).shards() == ["1.tar", "2.tar", "3.tar", "\u00e9& a.tar"]

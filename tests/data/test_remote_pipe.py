@@ -115,3 +115,32 @@ def test_a_program_that_is_missing_is_named(pipe: Callable[..., Store]) -> None:
 def test_a_program_cannot_list_its_shards(pipe: Callable[..., Store]) -> None:
     with pytest.raises(ValueError, match=r"a program cannot list its shards; make an index with `tandem data index`"):
         pipe("cat {name}").shards()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"--token={SECRET}", f"--api-key {SECRET}", f"-H 'Authorization: Bearer {SECRET}'", f"PASSWORD={SECRET}",
+        f"https://user:{SECRET}@host/{{name}}", f"https://host/{{name}}?X-Amz-Signature={SECRET}",
+        f"https://{SECRET}@host/{{name}}", f"--aws-secret-access-key={SECRET}", f"--passwd={SECRET}",
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_secret_is_refused_and_not_repeated(pipe: Callable[..., Store], words: str) -> None:
+    """The command stands in the config of the run, in its checkpoints and on its board."""
+    with pytest.raises(ValueError, match=r"^data\.path: ") as caught:
+        pipe(f"give {words} {{name}}")
+    assert SECRET not in str(caught.value) + repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--token-file=/run/token", "--password-env=PW", "--config ~/.give.conf", "https://host/{name}", "s3://a/{name}"],
+)
+def test_where_a_secret_lies_is_none(pipe: Callable[..., Store], words: str) -> None:
+    pipe(f"give {words} {{name}}")
+
+
+def test_no_part_of_an_argument_comes_back_from_the_program(pipe: Callable[..., Store]) -> None:
+    with pytest.raises(OSError, match=r"ended with exit code 1: denied for \.\.\.") as caught:
+        pipe(python("import sys; sys.exit('denied for ' + sys.argv[2].split('=')[1])", f"--user={SECRET}")).open(SHARD)
+    assert SECRET not in str(caught.value)

@@ -11,8 +11,9 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from trainer.data import tar
+from trainer.data.config import DataConfig
 from trainer.data.index import Index
-from trainer.data.store import OpenShard
+from trainer.data.store import OpenShard, is_folder
 
 KEPT = 64
 """Shards of a split that are open at a time; each takes two descriptors where it is mapped."""
@@ -96,6 +97,19 @@ class OpenShards:
     def close(self) -> None:
         with self._lock:
             self._kept.clear()
+
+
+def allow_cache(index: Index, config: DataConfig, window: int) -> None:
+    """ValueError where the cache is too small for two windows, of `window` shards of each set, from afar."""
+    need = 0
+    for part in index.parts:
+        if not is_folder(part.path):
+            need += sum(sorted((shard.bytes for shard in part.contents.shards), reverse=True)[: 2 * window])
+    if need > config.remote.cache_gb * 1e9:
+        raise ValueError(
+            f"data.remote.cache_gb: {config.remote.cache_gb:g} cannot hold two windows of shards of "
+            f"{index.store(0).name}, which may have {need / 1e9:.4g} GB; raise it, or lower data.window"
+        )
 
 
 def prepare(index: Index, shards: NDArray[np.int64]) -> None:

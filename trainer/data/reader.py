@@ -97,9 +97,10 @@ class Reader:
         shape = (len(request.sample), *self.modality.shape)
         held = self._kept * int(np.prod(shape, dtype=object)) * self.modality.dtype.itemsize
         if held > MEMORY:
+            key, sides = "batch" if self.cached else "data.prefetch", " x ".join(map(str, shape))
             raise ValueError(
-                f"{'batch' if self.cached else 'data.prefetch'}: {self._kept} batches of {' x '.join(map(str, shape))} take {held / 1e9:,.3g} GB, this "
-                f"machine has {MEMORY / 1e9:.3g}; lower it, or data.size"
+                f"{key}: {self._kept} batches of {sides} take {held / 1e9:,.3g} GB, this machine has "
+                f"{MEMORY / 1e9:.3g}; lower it, or data.size"
             )
         return self._buffers.take(shape, self.modality.dtype)
 

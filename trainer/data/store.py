@@ -57,7 +57,8 @@ class Store(Protocol):
 
     def prepare(self, shards: "Sequence[Shard]") -> None:
         """Says that these shards are read next (those of the current window first), and returns at once: they are read
-        or fetched ahead. What fails then is raised by `open`. They stay on this machine until the next call."""
+        or fetched ahead. What fails then is raised by `open`. They stay on this machine until the next call, unless
+        `open` needs their room."""
 
     def progress(self, shard: "Shard") -> str:
         """How much of a shard that is waited for is there, for a message; empty where that cannot be told."""

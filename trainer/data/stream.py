@@ -15,11 +15,13 @@ from trainer.data.config import DataConfig
 from trainer.data.images import images_of
 from trainer.data.mixture import order_of
 from trainer.data.modality import Modality
-from trainer.data.opened import prepare
+from trainer.data.opened import allow_cache, prepare
 from trainer.data.quarantine import Bad
 from trainer.data.reader import Reader
 from trainer.data.source import Evaluation, Request, Training
 
+LOOKS = 2
+"""Shards of an evaluation that are asked for at a time, beside the next one; fewer where data.window is."""
 Shards = Callable[[Request], NDArray[np.int64]]
 """Numbers of the shards that belong to a request."""
 
@@ -65,6 +67,10 @@ class Stream:
         self.waited = 0.0
         """Seconds that the consumer waited for batches, since the stream was made."""
         self._reader = Reader(self.index, config, modality)
+        window = len(self.index.shards) if config.window == "all" else config.window
+        self._config, self._window, self._looks = config, window, min(window, LOOKS)
+        if not self._reader.cached:
+            allow_cache(self.index, config, self._looks)
         self._told = 0  # bad samples that `news` has had
         # weak: an evaluation that its consumer leaves before the end takes its threads and batches with it
         self._open: weakref.WeakSet[Generator[RawBatch, None, None]] = weakref.WeakSet()
@@ -95,8 +101,11 @@ class Stream:
 
     def batches(self, start: int, *, stop: Callable[[], bool] = lambda: False) -> Iterator[RawBatch]:
         """This rank's share of every global batch from position `start` (images seen) on; endless. stop: whether the
-        run is to end; then whoever waits for a batch gets Interrupted."""
+        run is to end; then whoever waits for a batch gets Interrupted. ValueError: the cache cannot hold two
+        windows."""
         assert start >= 0
+        if not self._reader.cached:
+            allow_cache(self.index, self._config, self._window)
         return self._run(
             Training(self.order, start, self.batch, self.rank, self.world),
             here=lambda request: self.order.shards(int(request.position[0])),
@@ -108,10 +117,14 @@ class Stream:
         """Each sample once over all ranks, in the order of the shards; `batch` images a global batch, the same number
         of batches on every rank, padding and bad samples with weight 0. Close it where it is left before its end."""
         _share(batch, self.world)
+
+        def here(request: Request) -> NDArray[np.int64]:
+            return np.unique(self.index.shard_of(request.sample))[: self._looks]
+
         return self._run(
             Evaluation(self.samples, batch, self.rank, self.world),
-            here=lambda request: np.unique(self.index.shard_of(request.sample)),
-            after=lambda request: (self.index.shard_of(request.sample[-1:]) + 1) % len(self.index.shards),
+            here=here,
+            after=lambda request: (here(request)[-1:] + 1) % len(self.index.shards),
         )
 
     def first(self, count: int) -> RawBatch:
