@@ -276,6 +276,15 @@ def test_bad_images_are_left_out_and_named(tmp_path: Path, capsys: pytest.Captur
     assert len(content(tmp_path / "out" / "train")["report"]["left_out"]) == 4  # type: ignore[index]
 
 
+def test_an_image_that_its_format_cannot_hold_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "in" / "x.png")
+    picture(tmp_path / "in" / "wide.png", size=(20_000, 2))
+    assert make(tmp_path / "in", tmp_path / "out", "--format", "webp", "--max-bad", "0.5") == 0
+    assert "left out: train: wide.png: has 20000 x 2 pixels, webp holds 16,383 a side" in capsys.readouterr().out
+
+
 def test_too_many_bad_images_are_an_error_and_a_higher_share_finishes_the_set(tmp_path: Path) -> None:
     source = bad_folder(tmp_path / "in", good=8)
     with pytest.raises(ValueError, match=r"4 of 12 images \(33\.3%\) are bad, more than --max-bad 0\.01; the first: "):
