@@ -42,6 +42,10 @@ def test_a_size_is_a_number_with_a_unit(text: str, size: int) -> None:
     assert options.size_in_bytes(text) == size
 
 
+def test_a_size_beyond_every_disk_is_a_number_too() -> None:
+    assert options.size_in_bytes("9" * 400 + "MB") > 10**400
+
+
 @pytest.mark.parametrize("text", ["64", "MB", "-1MB", "0MB", "0.1B", "64mb", "1TB", "nan MB", "64MB/s"])
 def test_a_size_that_says_nothing_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="64MB"):
