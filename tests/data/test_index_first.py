@@ -134,6 +134,16 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(locked_out: 
     assert len(list((locked_out / "cache" / "index").rglob("index.json"))) == 2  # one for each choice of fields
 
 
+def test_a_cache_that_cannot_hold_the_index_of_such_a_folder_is_named_by_its_key(
+    tmp_path: Path, write_set: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = write_set(tmp_path / "set", [3])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"^data\.remote\.cache: \S+ cannot be used \(Not a directory\); name another"):
+        load(made, cache=tmp_path / "file")
+
+
 def test_shards_of_a_folder_that_cannot_be_written_are_compared_once(
     locked_out: Path, write_set: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

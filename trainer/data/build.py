@@ -20,6 +20,7 @@ from trainer import durable
 from trainer.data import contents, table
 from trainer.data.bar import bar
 from trainer.data.contents import Contents
+from trainer.data.growing import explained
 from trainer.data.scan import Wanted, scan
 from trainer.data.store import Store
 from trainer.data.table import Rows, Shard, Span, Spans
@@ -170,7 +171,8 @@ def build(
 
 @contextlib.contextmanager
 def _drafts(target: Path) -> Iterator[Path]:
-    target.mkdir(parents=True, exist_ok=True)
+    with explained(target):  # beside the shards it is there; so this is the cache
+        target.mkdir(parents=True, exist_ok=True)
     for left in target.glob(f"{DRAFTS}*"):
         if _abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
