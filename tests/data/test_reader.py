@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.server import until
 from trainer.data import ShardsConfig, Stream, fill, opened, reader
 from trainer.data.buffers import Buffers
 from trainer.data.convert import Undecodable
@@ -244,6 +245,7 @@ def test_a_long_wait_is_told_once_with_what_is_waited_for_and_ends_where_the_run
     with pytest.raises(reader.Interrupted):
         next(one.batches(0, stop=stop))
     release.set()
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("read-")])
     name = one.index.shards[int(one.order.shards(0)[0])].name
     assert capsys.readouterr().err == f"tandem: waiting for data: {shards}/train/{name} (3 of 9 bytes)\n"
     one.close()
