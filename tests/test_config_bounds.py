@@ -128,3 +128,48 @@ def test_a_config_in_a_folder_with_an_equals_sign_is_a_file(tmp_path: Path, monk
         assert arguments([word, "a.b=1"]) == (Path(word), ["a.b=1"], False)
     for word in ("checkpoint.init_from=a.yaml", "run=runs/lr=1/x"):
         assert arguments([word]) == (None, [word], False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("readers", 257), ("remote.ahead", 257), ("remote.retries", 1001), ("remote.timeout", 86_401),
+        ("remote.cache_gb", 1e300), ("limits.member_mb", 1e300), ("limits.megapixels", 5_001), ("size", 65_536),
+        ("size", 1_000_000_000), ("size", [1, 65_536]), ("size", 8_001), ("size", [65_535, 1_000]),
+    ],
+)  # fmt: skip
+def test_what_no_machine_has_is_refused_by_its_key(key: str, value: object) -> None:
+    assert refusal(f"data.{key}={value}").startswith(f"command line: data.{key}: ")
+
+
+def test_a_larger_size_needs_a_larger_limit() -> None:
+    assert config("data.size=8000").data.shape == (8000, 8000, 1)
+    assert "limits.megapixels" in refusal("data.size=8001")
+    assert config("data.size=8001", "data.limits.megapixels=65").data.shape == (8001, 8001, 1)
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.remote.cache"])
+def test_a_home_of_nobody_is_refused_by_its_key(key: str) -> None:
+    assert refusal(f"{key}=~nosuchuser/x").startswith(f"command line: {key}: ~nosuchuser/x begins with the home of")
+    assert "zero byte" in refusal(f'{key}="a\\0b"')
+
+
+def mixture(*sets: str) -> str:
+    return f"data={{kind: mixture, size: 28, sets: [{', '.join(sets)}]}}"
+
+
+@pytest.mark.parametrize("other", ["data/x", "data/x/", "./data/x", "data/y/../x"])
+def test_a_set_that_stands_twice_in_a_mixture_is_refused(other: str) -> None:
+    said = refusal(mixture("{path: data/x}", f"{{path: {other}}}"))
+    assert "data.sets: " in said and "stands there twice" in said
+    assert len(config(mixture("{path: s3://a/x}", "{path: s3://b/x}")).data.sets) == 2
+
+
+def test_the_field_of_a_set_is_named() -> None:
+    assert "data.sets.1.weight: " in refusal(mixture("{path: a}", "{path: b, weight: .nan}"))
+    assert "data.sets.0.weight: " in refusal(mixture("{path: a, weight: -1}", "{path: b}"))
+    assert "unknown key data.sets.1.wieght" in refusal(mixture("{path: a}", "{path: b, wieght: 1}"))
+
+
+def test_text_that_yaml_takes_for_a_mapping_is_told_so() -> None:
+    assert "data.label: " in (said := refusal("data.label=json:")) and "quotes" in said

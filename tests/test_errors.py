@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from trainer.errors import boundary
+from trainer.errors import boundary, naming
 
 
 def failing(error: BaseException) -> Callable[[list[str]], int]:
@@ -23,6 +23,10 @@ def failing(error: BaseException) -> Callable[[list[str]], int]:
         (ValueError("optim.lrr: no such key; nearest: lr"), "optim.lrr: no such key; nearest: lr"),
         (ValueError("two\n  lines\n"), "two; lines"),
         (ValueError(), "ValueError"),
+        (
+            ValueError("\u00fc\x1b]0;title\x07\udcfe: is empty"),
+            r"\u00fc\x1b]0;title\x07\udcfe: is empty".replace(r"\u00fc", "\u00fc"),
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "No space left on device: runs/a"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError("the file is cut short"), "the file is cut short"),
@@ -66,3 +70,23 @@ def test_development_mode_shows_the_traceback_of_a_mistake_too() -> None:
     assert ran.returncode == 2
     assert ran.stderr.startswith("Traceback")
     assert ran.stderr.endswith("tandem: error: invalid literal for int() with base 10: 'x'\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: data/a"),
+        (OSError(errno.ENOENT, "No such file or directory", "other"), "No such file or directory: other"),
+        (OSError("the file is cut short"), "the file is cut short"),
+        (ValueError("no"), "no"),
+    ],
+)
+def test_a_failure_of_the_system_without_a_name_gets_one(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_argv: list[str]) -> int:
+        with naming("data/a"):
+            raise error
+
+    assert boundary(main, []) == 2
+    assert capsys.readouterr().err == f"tandem: error: {line}\n"

@@ -9,6 +9,14 @@ def at_least(low: int, config: object, *names: str) -> None:
             raise ValueError(f"{name}: {value} must be at least {low}")
 
 
+def at_most(high: float, config: object, *names: str) -> None:
+    """The same for values above `high`."""
+    for name in names:
+        value = getattr(config, name)
+        if value > high:
+            raise ValueError(f"{name}: {value} must be at most {high:,}")
+
+
 def above_zero(config: object, *names: str) -> None:
     """The same for values that must be above 0; None is no value and passes."""
     for name in names:

@@ -66,6 +66,16 @@ def build_stream(config: Config, *, split: str, ranks: Ranks) -> Stream:
     return Stream(config.data, split=split, batch=config.batch, rank=ranks.rank, world=ranks.world, seed=config.seed)
 
 
+def check_splits(train: Stream, test: Stream) -> None:
+    """ValueError where a class number means one thing in training and another in the evaluation."""
+    if train.classes and test.classes and train.classes != test.classes:
+        here, there = (f"{len(one.classes)}, such as {one.classes[0]}" for one in (train, test))
+        raise ValueError(
+            f"data.path: the classes of {train.index.store(0).name} ({here}) are not those of "
+            f"{test.index.store(0).name} ({there}); index all splits again with `tandem data index`"
+        )
+
+
 def build_method(config: Config, *, device: torch.device) -> Method:
     """ValueError, naming the key, where networks, image size and batch do not fit together."""
     return config.method.build(image=image_shape(config), batch=config.batch, device=device)

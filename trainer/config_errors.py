@@ -75,6 +75,8 @@ def _one(detail: Any, path: list[str], root: type, *, source: str, overrides: di
         return f"{where}: {'.'.join([*path[:-1], str(detail['ctx']['error'])])}"
     value = detail["input"]
     shown = "" if isinstance(value, (dict, list)) else f", not {value!r}"
+    if kind == "string_type" and isinstance(value, dict):
+        shown = "; in quotes, as a colon makes a mapping of it"
     if kind.startswith("int_") and isinstance(value, float) and value.is_integer():
         shown += f"; write {value:.0f}"  # 1e3 is no whole number in YAML
     return f"{where}: {key}: {_lower(detail['msg'])}{shown}"
@@ -99,7 +101,8 @@ def _key_path(loc: tuple[str | int, ...], root: type) -> tuple[list[str], int]:
             depth = len(path)  # a tag such as "int"
             continue
         path.append(str(part))
-        if isinstance(part, int):
+        if isinstance(part, int):  # of a tuple
+            members = tuple(member for whole in members for kind in typing.get_args(whole) for member in _members(kind))
             continue
         hints = [typing.get_type_hints(m).get(str(part)) for m in members if dataclasses.is_dataclass(m)]
         members = tuple(member for hint in hints if hint is not None for member in _members(hint))

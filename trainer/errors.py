@@ -1,9 +1,10 @@
 """What a user sees of an error: a mistake is one line and exit code 2, a bug keeps its traceback."""
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 USER_MISTAKE = 2  # the exit code of argparse and tyro for a bad command line
 BUG = 1
@@ -17,6 +18,22 @@ def one_line(error: ValueError | OSError) -> str:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
         return f"{error.strerror}: {' -> '.join(names)}" if names else error.strerror
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A failure of the system that names no file (a write to a full disk, a read of a bad one) names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and error.filename is None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
+def shown(text: str) -> str:
+    """A line for a terminal: what could steer it (a name may hold anything) or has no sign is spelled out."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def to_stderr(text: str) -> None:
@@ -40,7 +57,7 @@ def boundary(main: Callable[[list[str]], int], argv: list[str], *, report: Calla
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             report(traceback.format_exc().rstrip())
-        report(f"tandem: error: {one_line(error)}")
+        report(f"tandem: error: {shown(one_line(error))}")
         return USER_MISTAKE
     except Exception:  # noqa: BLE001  reported in full
         report(traceback.format_exc().rstrip())

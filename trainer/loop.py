@@ -44,6 +44,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
         stack.enter_context(contextlib.closing(build.build_stream(config, split=split, ranks=ranks)))
         for split in ("train", "test")
     )
+    build.check_splits(stream, test)
     method = build.build_method(config, device=ranks.device)
     engines = build.build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
     run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
@@ -66,11 +67,17 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
         terminal.note(line)
 
     # ---- train
-    feed, speed = Feed(stream.batches(images), device=ranks.device, transform=transform), Speed(stream, images)
+    feed, speed = (
+        Feed(stream.batches(images, stop=lambda: signals.code > 0), device=ranks.device, transform=transform),
+        Speed(stream, images),
+    )
     code, stopping, fault = 0, False, None
     if images < config.images:
         feed.fetch()
         ranks.agree(feed.fault)
+        if code := ranks.largest(signals.code):
+            terminal.finish(f"stopped at {images:,} images, before an update; the same command begins there again")
+            return code
     while images < config.images and not stopping:
         parts = build.split(feed.take(), micro_batches)
         ending = images + config.batch >= config.images

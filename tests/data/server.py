@@ -24,6 +24,8 @@ class Fault:
     """Sends nothing more after so many bytes, until the server closes."""
     mute: bool = False
     """Never answers, until the server closes."""
+    drip: float = 0.0
+    """Sends a byte at a time, with so many seconds between two."""
     hold: int | None = None
     """Waits after so many bytes until `released` is set."""
     released: threading.Event = field(default_factory=threading.Event)
@@ -36,6 +38,8 @@ class Fault:
     other_range: bool = False
     """Answers with the range one byte further."""
     redirect: str | None = None
+    endless: bool = False
+    """Sends links without end."""
 
 
 @dataclass
@@ -110,6 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.mute:
             self.shared.closing.wait()
             self.close_connection = True
+        elif fault.endless:
+            self.send_response(200)
+            self.end_headers()
+            while not self.shared.closing.is_set():
+                self.wfile.write(b'<a href="0.tar">0</a>\n' * 1000)
         elif fault.redirect:
             self.short(asked, 302, {"Location": fault.redirect})
         elif fault.status:
@@ -160,6 +169,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def body(self, asked: Asked, body: bytes, fault: Fault) -> None:
         first = next((count for count in (fault.cut, fault.stall, fault.hold) if count is not None), len(body))
+        if fault.drip:
+            for at in range(len(body)):
+                self.wfile.write(body[at : at + 1])
+                if self.shared.closing.wait(fault.drip):
+                    break
+            return
         self.wfile.write(body[:first])
         asked.sent = min(first, len(body))
         if fault.hold is not None:

@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.server import until
-from trainer.data.cache import Cache, Part
+from trainer import durable
+from trainer.data.cache import Cache
 from trainer.data.config import RemoteConfig
 from trainer.data.fetched import Fetched
+from trainer.data.growing import Part
 from trainer.data.index import Shard
 
 KB = 1000
@@ -126,11 +130,42 @@ def test_the_window_in_use_is_kept(tmp_path: Path) -> None:
     store = store_of(source, tmp_path, kb=350, ahead=1)
     store.prepare([source.shard(number) for number in (0, 1, 2)])
     until(lambda: numbers(tmp_path) == [0, 1, 2])
-    with pytest.raises(ValueError, match=r"cannot hold the shards in use.*two windows of shards: raise it"):
-        store.open(source.shard(3))
+    other = store_of(source, tmp_path, kb=350, ahead=1)
+    other.prepare([source.shard(3)])  # of another rank, say: the oldest goes
+    until(lambda: numbers(tmp_path) == [1, 2, 3])
     store.prepare([source.shard(number) for number in (2, 3, 4)])
     until(lambda: numbers(tmp_path) == [2, 3, 4])
+    store.prepare([source.shard(number) for number in (2, 3, 4, 0)])  # more than there is room for
+    time.sleep(0.3)
+    assert numbers(tmp_path) == [2, 3, 4]
+    other.close()
     store.close()
+
+
+def test_a_shard_that_is_needed_now_takes_the_room_of_those_that_are_only_prepared(tmp_path: Path) -> None:
+    source = given_sizes(*[100 * KB] * 5)
+    store = store_of(source, tmp_path, kb=350, ahead=1)
+    store.prepare([source.shard(number) for number in (0, 1, 2)])
+    until(lambda: numbers(tmp_path) == [0, 1, 2])
+    found = store.open(source.shard(3))
+    assert os.pread(found.fd, found.bytes + 1, 0) == source.data("3.tar")
+    assert len(numbers(tmp_path)) == 3
+    store.close()
+
+
+def test_a_shard_that_is_needed_now_waits_for_room_that_others_fetch_into(tmp_path: Path) -> None:
+    source = given_sizes(*[100 * KB] * 3)
+    store = store_of(source, tmp_path, kb=150)
+    cache = store._cache  # type: ignore[attr-defined]
+    part = cache.claim(cache.path("1.tar", "1" * 64), 100 * KB, stopped=lambda: False, patience=9)
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(store.open(source.shard(0)).bytes))
+    thread.start()
+    time.sleep(0.3)
+    assert not found
+    part.close(remove=True)
+    thread.join(30)
+    assert found == [100 * KB]
 
 
 def test_shards_of_two_sources_and_of_two_indexes_are_not_mixed(tmp_path: Path) -> None:
@@ -288,3 +323,31 @@ def test_the_bound_holds_while_others_finish_their_files(tmp_path: Path) -> None
         with ThreadPoolExecutor(10) as pool:
             list(pool.map(fetch, numbers_now))
         assert 30 <= len(numbers(tmp_path)) <= 40
+
+
+def test_a_shard_that_was_written_to_in_the_cache_is_fetched_again(tmp_path: Path) -> None:
+    source = given_sizes(*[100 * KB] * 2)
+    store = store_of(source, tmp_path, kb=1000)
+    store.open(source.shard(0)).close()
+    (path,) = tmp_path.rglob("0.*.tar")
+    path.write_bytes(bytes(100 * KB))
+    found = store.open(source.shard(0))
+    assert os.pread(found.fd, found.bytes + 1, 0) == source.data("0.tar")
+
+
+def test_a_shard_of_the_cache_is_compared_only_where_its_time_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = given_sizes(*[100 * KB] * 2)
+    store_of(source, tmp_path, kb=1000).open(source.shard(0)).close()
+    (path,) = tmp_path.rglob("0.*.tar")
+    compared: list[Path] = []
+    sha256 = durable.sha256
+    monkeypatch.setattr(durable, "sha256", lambda path: compared.append(path) or sha256(path))  # type: ignore[func-returns-value]
+    for touched in (False, True, False):  # copied with the cache, say: the same bytes at another time
+        if touched:
+            os.utime(path)
+        store = store_of(source, tmp_path, kb=1000)
+        store.open(source.shard(0)).close()
+        store.open(source.shard(0)).close()
+    assert compared == [path]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from trainer.data import Feed, RawBatch, Transform, to_device, to_uint8
 from trainer.data.config import Fit
+from trainer.data.reader import Interrupted
 
 
 def rows(data: torch.Tensor, first: int = 0) -> RawBatch:
@@ -120,6 +121,16 @@ def test_a_feed_keeps_an_error_until_it_is_asked_and_gives_what_came_before(erro
     feed = Feed(batches(), device=torch.device("cpu"), transform=transform("exact", (3, 3)))
     assert len(list(feed)) == 1
     assert feed.fault in ("a.tar: 0001:; is cut", "Input/output error: a.tar")
+
+
+def test_a_feed_that_is_interrupted_has_neither_batch_nor_fault() -> None:
+    def batches() -> Iterator[RawBatch]:
+        yield rows(torch.zeros(2, 3, 3, 1, dtype=torch.uint8))
+        raise Interrupted
+
+    feed = Feed(batches(), device=torch.device("cpu"), transform=transform("exact", (3, 3)))
+    assert len(list(feed)) == 1
+    assert feed.fault is None
 
 
 def test_a_feed_hides_no_bug() -> None:

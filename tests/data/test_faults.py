@@ -2,13 +2,18 @@
 program."""
 
 import json
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import starts
+from tests.data.server import Fault, serving, until
 from tests.runs import saved, write_config
+from trainer.data import ShardsConfig
+from trainer.data import index as indices
 from trainer.data.order import Order
 
 JUNK = b"not an image"
@@ -88,3 +93,47 @@ def test_a_command_line_cannot_allow_a_program_to_be_started(few: Path, tmp_path
     config = write_config(tmp_path / "run.yaml", "vae", data=few)
     ended = starts.train(tmp_path / "logs", str(config), word).wait()
     ended.refused("command line", "data.allow_pipe", "YAML")
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_run_that_waits_for_data_hears_that_it_is_to_end_and_saves_what_was_trained(
+    write: Callable[..., Path], tmp_path: Path, first: bool
+) -> None:
+    order = Order([16, 24], seed=0, window=1)
+    missing = int(order.shards(0)[0] if first else order.following(0)[0])
+    updates = 0 if first else int(order.sizes[order.shards(0)[0]]) // 4
+    with serving() as server:
+        config = write({}, {}, window=1, cache_mb=0, readers=1, prefetch=1)
+        index_of(tmp_path / "set")
+        for path in (tmp_path / "set").rglob("*.*"):
+            server.files[str(path.relative_to(tmp_path))] = path.read_bytes()
+        server.faults = [Fault(on=f"train/{missing:04d}.tar", hold=100, times=99)]
+        data = {"path": server.url, "remote": {"cache": str(tmp_path / "cache"), "timeout": 100}}
+        tree = json.loads(config.read_text())
+        config.write_text(json.dumps({**tree, "data": tree["data"] | data, "checkpoint": {"every": 4}}))
+        started = starts.train(tmp_path / "logs", str(config))
+        until(lambda: len(server.of(f"train/{missing:04d}.tar")), within=100)
+        if not first:
+            until(lambda: saved(tmp_path / "run")[-1:] == [4 * (updates - 1)], within=100)
+        else:
+            until((tmp_path / "run" / "board").exists, within=100)
+        time.sleep(1)  # now it waits
+        started.kill(signal.SIGTERM)
+        ended = started.wait()
+    assert ended.codes == [128 + signal.SIGTERM], ended.err
+    assert "Traceback" not in ended.err and f"stopped at {4 * updates:,} images" in ended.out
+    assert saved(tmp_path / "run")[-1:] == ([] if first else [4 * updates])
+
+
+def index_of(path: Path) -> None:
+    for split in ("train", "test"):
+        indices.load(ShardsConfig(path=path, size=28, channels=1), split).close()
+
+
+def test_splits_of_other_classes_are_refused(write: Callable[..., Path], tmp_path: Path) -> None:
+    config = write({}, {})
+    index_of(tmp_path / "set")
+    path = tmp_path / "set" / "test" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": ["cat", "dog", "emu"]}))
+    ended = starts.train(tmp_path / "logs", str(config)).wait()
+    ended.refused("data.path: the classes of", "set/train (3, such as 0)", "set/test (3, such as cat)")

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import webdataset
 
 from tests.data.conftest import npy, numbered
 from trainer import durable
-from trainer.data import ShardsConfig, Stream
+from trainer.data import ShardsConfig, Stream, build
 from trainer.data import index as indices
 from trainer.data.config import RemoteConfig
 from trainer.data.index import Index
@@ -133,6 +134,16 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(locked_out: 
     assert len(list((locked_out / "cache" / "index").rglob("index.json"))) == 2  # one for each choice of fields
 
 
+def test_a_cache_that_cannot_hold_the_index_of_such_a_folder_is_named_by_its_key(
+    tmp_path: Path, write_set: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = write_set(tmp_path / "set", [3])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"^data\.remote\.cache: \S+ cannot be used \(Not a directory\); name another"):
+        load(made, cache=tmp_path / "file")
+
+
 def test_shards_of_a_folder_that_cannot_be_written_are_compared_once(
     locked_out: Path, write_set: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +195,29 @@ def test_builders_on_machines_without_a_common_lock_do_not_meet(tmp_path: Path, 
     assert len(found) == 4
     assert len(set(found)) == 1
     assert not [name for name in names(made / "train") if name.startswith(".")]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_index_and_nothing_else_does(
+    tmp_path: Path, write_set: Write
+) -> None:
+    made = write_set(tmp_path / "set", [2])
+    begun = (
+        "import sys, time, pathlib; from trainer.data import build\n"
+        "with build._drafts(pathlib.Path(sys.argv[1])):\n    print('begun', flush=True); time.sleep(600)"
+    )
+    argv = [sys.executable, "-c", begun, str(made / "train")]
+    others = [subprocess.Popen(argv, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for other in others:
+            assert other.stdout is not None and other.stdout.readline() == b"begun\n"
+        others[0].kill()
+        others[0].wait()
+        load(made)
+        assert len(list((made / "train").glob(f"{build.DRAFTS}*"))) == 1  # of the one that is at work
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
 
 
 def test_a_shard_that_is_refused_leaves_nothing_behind(tmp_path: Path, tar_of: Tar) -> None:

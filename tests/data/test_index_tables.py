@@ -219,21 +219,30 @@ def test_a_table_with_other_columns_is_refused(made: Path) -> None:
         load(made)
 
 
+SHARD = {"name": "a.tar", "samples": 1, "bytes": 10_240, "sha256": "0" * 64, "table": "f" * 64}
+IMAGE = {"height": [2, 2], "width": [3, 3], "channels": [1, 1], "fields": ["npy"]}
+
+
 @pytest.mark.parametrize(
     ("values", "what"),
     [
         ({"format": 1}, r"is of format 1, this version reads 2; run `tandem data index \S+`"),
         ({"samples": 10}, "states 10 samples, its shards hold 9"),
-        ({"shards": [{"name": "a.tar", "samples": 1.0, "bytes": 0, "sha256": "", "table": ""}]}, "1.0 is no number"),
-        ({"shards": [{"name": "a.tar", "samples": 0, "bytes": 0, "sha256": "", "table": ""}]}, "0 is no number from 1"),
-        (
-            {"shards": [{"name": "a.tar", "samples": 1, "bytes": 1 << 62, "sha256": "", "table": ""}]},
-            "is no number from",
-        ),
-        ({"shards": [{"name": "a.tar", "samples": 1, "bytes": 1, "sha256": 0, "table": ""}]}, "0 is no text"),
+        ({"shards": [SHARD | {"samples": 1.0}]}, "1.0 is no number"),
+        ({"shards": [SHARD | {"samples": 0}]}, "0 is no number from 1"),
+        ({"shards": [SHARD | {"bytes": 1 << 62}]}, "is no number from"),
+        ({"shards": [SHARD | {"sha256": 0}]}, "0 is no text"),
+        ({"shards": [SHARD | {"bytes": 511}]}, "states 1 samples in the 511 bytes of a.tar"),
+        ({"shards": [SHARD | {"samples": 1 << 60}]}, "states 1152921504606846976 samples in the 10240 bytes"),
+        ({"shards": [SHARD, SHARD]}, "names a shard twice"),
         ({"classes": ["a", "b", "a"]}, "names a class twice"),
         ({"classes": "abc"}, "is not readable"),
         ({"image": {}}, "is not readable"),
+        ({"image": IMAGE | {"height": [1 << 60] * 2}}, "no number from 1 to 65535"),
+        ({"image": IMAGE | {"width": [65_536] * 2}}, "65536 is no number from 1 to 65535"),
+        ({"image": IMAGE | {"width": [0, 3]}}, "0 is no number from 1"),
+        ({"image": IMAGE | {"height": [40, 28]}}, "28 is no number from 40"),
+        ({"image": IMAGE | {"channels": [3, 4]}}, "4 is no number from 3 to 3"),
         ({"reading": None}, "is not readable"),
         ({"options": 3}, "is not readable"),
     ],
@@ -245,14 +254,36 @@ def test_an_index_that_is_not_of_its_format_is_named(made: Path, values: dict[st
     assert "tandem data index" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../a.tar", "/a.tar", "a/b.tar", "a\x1b.tar", ".tar", "a.zip", "", "..", "a.tar\n"])
+@pytest.mark.parametrize(
+    "name",
+    ["../a.tar", "/a.tar", "a/b.tar", "a\x1b.tar", ".tar", "a.zip", "", "..", "a.tar\n", ".a.tar", "\udcff.tar",
+     "x" * 300 + ".tar", "\u00e9" * 99 + ".tar"],
+)  # fmt: skip
 def test_an_index_names_shards_of_its_folder_only(made: Path, name: str) -> None:
     content = json.loads((made / "train" / "index.json").read_text())
     content["shards"][0]["name"] = name
     change(made, shards=content["shards"])
-    with pytest.raises(ValueError, match=r"index\.json: names a shard outside its folder") as caught:
+    with pytest.raises(ValueError, match=r"index\.json: .* name for a shard") as caught:
         load(made)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("column", ["sha256", "table"])
+@pytest.mark.parametrize(
+    "value",
+    ["", "/../../../../evil", "../x", "a/b", "a\0b", "0" * 63, "0" * 65, "A" * 64, "0" * 64 + "\n", "\u0663" * 64],
+)
+def test_a_digest_that_is_none_is_refused(made: Path, column: str, value: str) -> None:
+    """One of a shard becomes part of a file's name in the cache, and an empty one would compare nothing."""
+    change(made, shards=[SHARD | {column: value}], samples=1)
+    with pytest.raises(ValueError, match=r"index\.json: holds .* for a sha256") as caught:
+        load(made)
+    assert str(caught.value).isprintable()
+
+
+def test_classes_of_an_index_steer_no_terminal(made: Path) -> None:
+    change(made, classes=["a\x1b[31m", "b\n", "\u00e9 \u4e2d"])
+    assert load(made).classes == ("a\\x1b[31m", "b\\n", "\u00e9 \u4e2d")
 
 
 def test_an_index_that_nests_without_end_is_named(made: Path) -> None:

@@ -190,3 +190,90 @@ def test_damaged_marks_are_no_marks(made: Path, compared: list[str], monkeypatch
     flip(made / "train" / "0000.tar")
     with pytest.raises(ValueError, match=r"0000\.tar: its bytes changed"):
         load(made)
+
+
+# ------------------------------------------------------------------ links, as of Hugging Face's cache, DVC, git-annex
+@pytest.fixture
+def linked(made: Path) -> Path:
+    """The set, its shards now links into STORE."""
+    (made / "store").mkdir()
+    for path in sorted((made / "train").glob("*.tar")):
+        path.rename(made / "store" / path.name)
+        path.symlink_to(made / "store" / path.name)
+    time.sleep(0.02)
+    for path in (made / "train").glob("*.npy"):
+        os.utime(path)
+    return made
+
+
+def other_version(path: Path) -> Path:
+    """A file of the same size, as old and with other bytes."""
+    found = path.with_name(f"other-{path.name}")
+    found.write_bytes(path.read_bytes())
+    flip(found)
+    written(found, time.time() - 10**8)
+    return found
+
+
+def lead(link: Path, to: Path) -> None:
+    """As ln -sfn does it."""
+    link.unlink()
+    link.symlink_to(to)
+
+
+def test_links_that_nobody_touched_are_not_read(linked: Path, compared: list[str]) -> None:
+    assert load(linked).samples == 9
+    assert compared == []
+
+
+def test_a_link_that_leads_to_another_older_shard_is_named(linked: Path, compared: list[str]) -> None:
+    other = other_version(linked / "store" / "0001.tar")
+    time.sleep(0.02)
+    for path in (linked / "train").glob("*.npy"):
+        os.utime(path)  # later than the other file
+    time.sleep(0.02)
+    lead(linked / "train" / "0001.tar", other)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"0001\.tar: its bytes changed"):
+            load(linked)
+    assert compared == ["0001.tar"] * 2
+
+
+def test_a_link_that_leads_to_the_same_bytes_is_compared_once(linked: Path, compared: list[str]) -> None:
+    lead(linked / "train" / "0001.tar", linked / "store" / "0001.tar")
+    for _ in range(3):
+        load(linked)
+    assert compared == ["0001.tar"]
+
+
+def test_a_folder_that_is_another_one_now_is_named_where_the_index_lies_in_the_cache(
+    tmp_path: Path, write_set: Write, monkeypatch: pytest.MonkeyPatch, compared: list[str]
+) -> None:
+    for name in ("old", "new"):
+        write_set(tmp_path / name, [3, 2])
+    flip(tmp_path / "new" / "train" / "0001.tar")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # folders of somebody else
+    current = tmp_path / "set"
+    current.symlink_to(tmp_path / "old")
+    remote = RemoteConfig(cache=tmp_path / "cache")
+    config = ShardsConfig(path=current, size=2, remote=remote)
+    time.sleep(0.02)
+    indices.load(config, "train")
+    for path in (tmp_path / "cache").rglob("*.npy"):
+        os.utime(path)
+    assert indices.load(config, "train").samples == 5 and compared == []
+    time.sleep(0.02)
+    lead(current, tmp_path / "new")
+    with pytest.raises(ValueError, match=r"0001\.tar: its bytes changed"):
+        indices.load(config, "train")
+    lead(current, tmp_path / "old")
+    indices.load(config, "train")
+    compared.clear()
+    assert indices.load(config, "train").samples == 5 and compared == []
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_named(made: Path) -> None:
+    (made / "train" / "0001.tar").unlink()
+    os.mkfifo(made / "train" / "0001.tar")
+    with pytest.raises(ValueError, match=r"0001\.tar: expected 2 samples .* found 0 bytes \(not a whole tar\)"):
+        load(made)

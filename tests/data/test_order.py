@@ -183,3 +183,10 @@ def test_what_was_taken_is_the_callers_own() -> None:
     expected = before.tolist()
     before[:] = 0
     assert order.take(0, 10).tolist() == expected
+
+
+def test_a_window_of_more_shards_than_there_are_is_all_of_them() -> None:
+    sizes = [3, 1, 4]
+    expected = Order(sizes, seed=1, window=None).take(0, 20)
+    for window in (3, 4, 10**23):
+        assert (Order(sizes, seed=1, window=window).take(0, 20) == expected).all()

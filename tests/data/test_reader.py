@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.server import until
 from trainer.data import ShardsConfig, Stream, fill, opened, reader
 from trainer.data.buffers import Buffers
 from trainer.data.convert import Undecodable
@@ -220,6 +221,50 @@ def test_closing_releases_a_reader_that_waits_for_a_shard(shards: Path, monkeypa
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
 
 
+def test_a_long_wait_is_told_once_with_what_is_waited_for_and_ends_where_the_run_is_to_end(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reader, "LOOK", 0.01)
+    monkeypatch.setattr(reader, "SILENCE", 0.1)
+    asked, waiting, release = [0], threading.Event(), threading.Event()
+    opening = Local.open
+
+    def open_slowly(self: Local, shard: Any) -> Any:
+        waiting.set()
+        assert release.wait(50)
+        return opening(self, shard)
+
+    def stop() -> bool:
+        asked[0] += waiting.is_set()
+        return asked[0] > 60
+
+    one = stream(shards, readers=1, window=1)
+    monkeypatch.setattr(Local, "open", open_slowly)
+    monkeypatch.setattr(Local, "progress", lambda self, shard: "3 of 9 bytes")
+    monkeypatch.setattr(reader, "PATIENCE", 0.1)  # the reader is stuck
+    with pytest.raises(reader.Interrupted):
+        next(one.batches(0, stop=stop))
+    release.set()
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("read-")])
+    name = one.index.shards[int(one.order.shards(0)[0])].name
+    assert capsys.readouterr().err == f"tandem: waiting for data: {shards}/train/{name} (3 of 9 bytes)\n"
+    one.close()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_more_batches_than_memory_holds_are_refused_before_any_is_read(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    monkeypatch.setattr(reader, "MEMORY", 7 * 4 * 64)  # bytes: 7 batches of 4 x 8 x 8 x 1
+    options = {"cache_mb": 1 if cached else 0, "readers": 1}
+    assert len(next(stream(shards, prefetch=4, **options).batches(0)).index) == 4
+    if cached:  # then nothing is read ahead
+        assert len(next(stream(shards, prefetch=10**8, **options).batches(0)).index) == 4
+        return
+    with pytest.raises(ValueError, match=r"^data\.prefetch: 100000003 batches of 4 x 8 x 8 x 1 take .* lower it"):
+        next(stream(shards, prefetch=10**8, **options).batches(0))
+
+
 # ------------------------------------------------------------------ errors
 def test_an_error_in_a_reader_arrives_at_its_batch_with_shard_and_key(shards: Path) -> None:
     def meet(number: int) -> None:
@@ -352,5 +397,5 @@ def test_the_store_hears_of_each_window_and_the_next_before_they_are_read(
     assert said == [[*here, *after] for here, after in pairwise(names)]
     said.clear()
     list(one.evaluation(20))
-    assert said == [["0.tar", "1.tar", "2.tar"], ["2.tar", "3.tar", "0.tar"]]
+    assert said == [["0.tar", "1.tar"], ["2.tar", "3.tar"]]  # of two shards a batch no more than two windows
     one.close()

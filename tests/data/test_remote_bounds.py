@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.served import SHARDS, content, opened, read, unknown
-from tests.data.server import Fault, Server, serving
+from tests.data.server import Fault, Server, serving, until
 from trainer.data import fetched, remote
 
 SIZE = len(content(0))
@@ -101,3 +101,53 @@ def test_a_server_that_asks_for_time_gets_it(server: Server, tmp_path: Path, pau
     server.faults = [Fault(on="0.tar", status=429, retry_after=7), Fault(on="0.tar", status=503, retry_after=9999)]
     assert read(opened(server.url, tmp_path, timeout=0.6).open(SHARDS[0])) == content(0)
     assert pauses == [7.0, 60.0]  # a minute at most
+
+
+@pytest.mark.parametrize("name", ["index.json", "0.tar"])
+def test_a_server_that_drips_is_given_up(server: Server, tmp_path: Path, name: str) -> None:
+    server.files["set/train/index.json"] = bytes(4096)
+    server.faults = [Fault(on=name, drip=0.05, times=99)]
+    store = opened(server.url, tmp_path, timeout=0.3, retries=1)
+    with pytest.raises(OSError, match=rf"{name}: gave \d+ bytes in 0\.3 s, fewer than 65,536, 2 times in a row"):
+        store.open(SHARDS[0]) if name == "0.tar" else store.file(name)
+
+
+def test_a_slow_server_that_brings_enough_is_waited_for(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetched, "_LEAST", 4)
+    server.files["set/train/index.json"] = bytes(40)
+    server.faults = [Fault(on="index.json", drip=0.03, times=99)]
+    store = opened(server.url, tmp_path, timeout=0.4, retries=0)
+    assert store.file("index.json").stat().st_size == 40  # longer than three times the time-out
+    assert len(server.of("index.json")) == 1
+
+
+def test_who_waits_for_a_shard_can_say_how_much_is_there(server: Server, tmp_path: Path) -> None:
+    hold = Fault(on="0.tar", hold=70_000)
+    server.faults = [hold]
+    store = opened(server.url, tmp_path, timeout=60)
+    assert store.progress(SHARDS[0]) == "0 of 200,000 bytes"
+    store.prepare([SHARDS[0]])
+    until(lambda: store.progress(SHARDS[0]) == "70,000 of 200,000 bytes")
+    hold.released.set()
+    assert read(store.open(SHARDS[0])) == content(0)
+    store.close()
+
+
+def test_a_list_of_files_is_not_without_end(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_LISTING", 1 << 20)
+    server.faults = [Fault(on="train/", endless=True, times=99)]
+    with pytest.raises(ValueError, match=r"^http://.*/set/train/: its list of files is larger than 1,048,576 bytes"):
+        opened(server.url, tmp_path, timeout=60).shards()
+    assert len(server.of("train/")) == 1
+
+
+def test_links_of_a_page_that_lead_elsewhere_are_no_shards(server: Server, tmp_path: Path) -> None:
+    page = (
+        b'<A class="x" HREF=\'1.tar\'>1</a> <a href="./2.tar">2</a> <a href=/set/train/3.tar?C=M>3</a>'
+        b'<a href="../other/4.tar">4</a> <a href="http://elsewhere/set/train/5.tar">5</a> <a href="/6.tar">6</a>'
+        b'<a href="%C3%A9&amp;%20a.tar">7</a> <a href="sub/8.tar">8</a> <a href="._1.tar">9</a> <a href="x.json">x</a>'
+    )
+    server.files["set/train/"] = page
+    assert opened(server.url, tmp_path).shards() == ["1.tar", "2.tar", "3.tar", "\u00e9& a.tar"]

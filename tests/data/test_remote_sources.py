@@ -111,6 +111,9 @@ def test_a_credential_in_a_url_is_refused_and_not_repeated(url: str, tmp_path: P
         ("gs://bucket/set", r"gs:// needs a package that is not installed: `pip install gcsfs`"),
         ("teapot://bucket/set", r"teapot://bucket/set/train: .*not known"),
         ("file:///data/set", r"without file://"),
+        ("http://", r"names no host or bucket"),
+        ("https:///set", r"names no host or bucket"),
+        ("s3://", r"names no host or bucket"),
         ("simplecache::https://host/set", r"use no ::"),
     ],
 )

@@ -118,3 +118,40 @@ def test_a_server_that_fails_in_the_middle_ends_both_ranks_with_its_name_and_a_c
     assert ("503" if fault == "gone" else "changed since its index") in lines[0]
     assert "Traceback" not in ended.err
     assert len(saved(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("window", [1, 2, "all"])
+def test_a_cache_that_cannot_hold_two_windows_is_refused_before_the_first_batch(
+    server: Server, tmp_path: Path, window: int | str
+) -> None:
+    sizes = sorted(
+        len(d) for name, d in server.files.items() if name.startswith("set/train/") and name.endswith(".tar")
+    )
+    need = sum(sizes[-2 * window :] if isinstance(window, int) else sizes)
+
+    def first(limit: float) -> int:
+        remote = RemoteConfig(cache=tmp_path / str(limit), timeout=5, cache_gb=limit / 1e9)
+        config = ShardsConfig(path=server.url, size=28, channels=1, window=window, remote=remote, cache_mb=0)  # type: ignore[arg-type]
+        one = Stream(config, split="train", batch=8, rank=0, world=1, seed=5)
+        try:
+            return len(next(one.batches(0)).index)
+        finally:
+            one.close()
+
+    with pytest.raises(ValueError, match=r"^data\.remote\.cache_gb: .* cannot hold two windows of shards of http"):
+        first(need - 1)
+    assert not server.of(".tar")
+    assert first(need) == 8
+
+
+@pytest.mark.parametrize("batch", [8, 48])
+def test_an_evaluation_needs_no_more_of_the_cache_than_two_windows(
+    server: Server, tmp_path: Path, folder: Path, batch: int
+) -> None:
+    """Also where a batch is of more shards than a window is."""
+    sizes = [len(data) for name, data in server.files.items() if "set/train/" in name and name.endswith(".tar")]
+    remote = RemoteConfig(cache=tmp_path, timeout=5, cache_gb=sum(sorted(sizes)[-2:]) / 1e9)
+    config = ShardsConfig(path=server.url, size=28, channels=1, window=1, remote=remote, cache_mb=0)
+    one = Stream(config, split="train", batch=8, rank=0, world=1, seed=5)
+    assert sum(int(raw.weight.sum()) for raw in one.evaluation(batch)) == sum(SIZES)
+    one.close()

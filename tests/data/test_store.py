@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.conftest import npy, numbered, write_tar
 from trainer.data import ShardsConfig
+from trainer.data import index as indices
 from trainer.data.index import Shard
 from trainer.data.store import Local, OpenShard, Store, is_folder, open_store
 
@@ -120,3 +122,62 @@ def test_a_store_that_is_closed_has_no_thread_left(folder: Path) -> None:
 )
 def test_a_url_and_a_program_are_no_folder(path: str | Path, folder: bool) -> None:
     assert is_folder(path) is folder
+
+
+# ------------------------------------------------------------------ what is no shard
+def plain_set(path: Path) -> Path:
+    write_tar(path / "train" / "0.tar", [("0.npy", npy(numbered(0, (2, 2, 1))))])
+    return path
+
+
+def first_use(path: Path) -> indices.Index:
+    return indices.load(ShardsConfig(path=path, size=2), "train")
+
+
+@pytest.mark.parametrize("kind", ["a pipe or a device", "a folder"])
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path, kind: str, link: bool) -> None:
+    path = plain_set(tmp_path / "set")
+    place = tmp_path / "elsewhere" if link else path / "train" / "z.tar"
+    place.mkdir() if kind == "a folder" else os.mkfifo(place)
+    if link:
+        (path / "train" / "z.tar").symlink_to(place)
+    with pytest.raises(ValueError, match=rf"^{path}/train/z\.tar: is {kind}, no file; take it away"):
+        first_use(path)
+    store = Local(path / "train")
+    store.prepare([Shard("z.tar", 1, 0, "", "")])
+    store.close()  # the thread that reads ahead does not wait either
+
+
+def test_hidden_files_are_no_shards(tmp_path: Path) -> None:
+    path = plain_set(tmp_path / "set")
+    for name in ("._0.tar", ".tar", ".0.tar.x.tar"):  # the first comes with every copy from a Mac
+        (path / "train" / name).write_bytes(b"\0\5\x16\7" + bytes(200))
+    for _ in range(2):
+        assert [shard.name for shard in first_use(path).shards] == ["0.tar"]
+
+
+@pytest.mark.parametrize("name", [b"a\nb.tar", b"\xff\xfe.tar", b"a\x1b[31m.tar", b"x" * 197 + b".tar"])
+def test_a_name_that_an_index_cannot_hold_is_refused_before_the_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes
+) -> None:
+    path = plain_set(tmp_path / "set")
+    monkeypatch.setattr(Local, "open", lambda *_: pytest.fail("scanned"))
+    (path / "train" / "0.tar").rename(path / "train" / os.fsdecode(name))
+    with pytest.raises(ValueError, match=r"name for a shard.*; rename it$") as caught:
+        first_use(path)
+    assert str(caught.value).isprintable() and "data index" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a b \u00e9.tar", "x" * 196 + ".tar", "a.b.tar", "-.tar", "%41?#.tar"])
+def test_any_other_name_is_read(tmp_path: Path, name: str) -> None:
+    path = plain_set(tmp_path / "set")
+    (path / "train" / "0.tar").rename(path / "train" / name)
+    for _ in range(2):
+        assert [shard.name for shard in first_use(path).shards] == [name]
+
+
+def test_a_file_where_a_set_should_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set").write_text("")
+    with pytest.raises(ValueError, match=r"^data\.path: \S+/set is a file; name the folder"):
+        first_use(tmp_path / "set")

@@ -142,3 +142,10 @@ def test_an_evaluation_of_a_mixture_is_all_of_its_sets(write: Callable[..., Path
     index = torch.cat([raw.index[raw.weight > 0] for raw in one.evaluation(4)])
     assert index.tolist() == list(range(9))
     one.close()
+
+
+@pytest.mark.parametrize("fit", ["resize", "center", "random"])
+def test_images_larger_than_the_limit_are_refused_before_any_is_read(write: Callable[..., Path], fit: str) -> None:
+    path = write("set", [(20, 30)] * 3)
+    with pytest.raises(ValueError, match=r"^data\.limits\.megapixels: 0\.0005 allows no image of .* \(20 x 30"):
+        stream(path, size=16, fit=fit, limits=LimitsConfig(megapixels=0.0005))

@@ -54,7 +54,7 @@ def test_a_whole_set_passes(made: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (
         f"{made}/train: 12 samples in 4 shards, 40,960 bytes, 16 x 16 x 3: sizes, counts and digests are right" in said
     )
-    assert f"{made}/test: 2 samples in 1 shards, 10,240 bytes, 16 x 16 x 3: every image decodes" in said
+    assert f"{made}/test: 2 samples in 1 shard, 10,240 bytes, 16 x 16 x 3: every image decodes" in said
 
 
 def test_what_make_writes_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +139,52 @@ def test_deep_checking_finds_a_table_that_places_samples_wrongly(made: Path) -> 
         ValueError, match=r"train-00002\.tar: its table places samples elsewhere than they are; run `tandem"
     ):
         check.main([str(made), "--deep"])
+
+
+def relabel(path: Path, change: int) -> None:
+    """Of the first split every label, with the right digests."""
+    content = json.loads((path / "index.json").read_text())
+    for shard in content["shards"]:
+        place = path / f"{Path(shard['name']).stem}.idx.npy"
+        rows = np.load(place)
+        rows["label"] = (rows["label"] + change) % len(content["classes"])
+        place.write_bytes(table.encode(rows))
+        shard["table"] = hashlib.sha256(place.read_bytes()).hexdigest()
+    (path / "index.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("label", ["cls", "json:kind"])
+def test_deep_checking_compares_the_labels(tmp_path: Path, label: str) -> None:
+    write_tar(tmp_path / "train" / "a.tar", [
+        (f"{number}.{field}", data)
+        for number in range(4)
+        for field, data in {
+            "npy": npy(np.zeros((4, 4, 3), np.uint8)), "cls": b"%d" % (number % 2),
+            "json": json.dumps({"kind": "owl" if number % 2 else "emu"}).encode(),
+        }.items()
+    ])  # fmt: skip
+    assert index.main([str(tmp_path), "--label", label]) == 0
+    assert check.main([str(tmp_path), "--deep"]) == 0
+    relabel(tmp_path / "train", 1)
+    with pytest.raises(ValueError, match=r"a\.tar: 0: its table has another class or field.*\(4 samples\)"):
+        check.main([str(tmp_path), "--deep"])
+
+
+def test_splits_of_different_classes_are_a_fault(made: Path) -> None:
+    images(made, 6, split="test")
+    assert index.main([str(made)]) == 0
+    content = json.loads((made / "test" / "index.json").read_text())
+    (made / "test" / "index.json").write_text(json.dumps({**content, "classes": ["emu", "owl"]}))
+    with pytest.raises(ValueError, match=rf"^{made}/train: has other classes than the other splits; run `tandem data"):
+        check.main([str(made)])
+
+
+def test_the_size_of_images_that_no_header_tells_is_not_shown(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((made / "train" / "index.json").read_text())
+    content["image"].update(height=None, width=None, channels=None)
+    (made / "train" / "index.json").write_text(json.dumps(content))
+    assert check.main([str(made)]) == 0
+    assert f"{made}/train: 12 samples in 4 shards, 40,960 bytes: sizes, counts" in capsys.readouterr().out
 
 
 def test_deep_checking_decodes_foreign_shards(tmp_path: Path) -> None:

@@ -140,6 +140,28 @@ def test_a_name_that_is_no_utf8_is_packed(tmp_path: Path) -> None:
     assert os.fsencode(path) == b"caf\xe9.png"
 
 
+def test_names_cannot_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = os.fsdecode(b"bad\xfe\n\x1b]0;title\x07")
+    picture(tmp_path / "in" / "über" / f"{evil}.png")
+    (tmp_path / "in" / f"{evil}.jpg").touch()
+    (tmp_path / "in" / f".{evil}").touch()
+    assert make(tmp_path / "in", tmp_path / "out", "--max-bad", "0.5") == 0
+    said = capsys.readouterr().out
+    assert r"left out: train: bad\udcfe\n\x1b]0;title\x07.jpg: is empty" in said
+    assert all(line.isprintable() for line in said.split("\n"))
+    with pytest.raises(ValueError, match="nothing is overwritten"):
+        make(tmp_path / "in", tmp_path / "out", "--size", "4")
+
+
+@pytest.mark.parametrize("name", ["esc\x1b[31m", "two\nlines", os.fsdecode(b"\xfe"), "\u202e"])
+def test_a_folder_that_is_no_name_of_a_class_is_refused(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "in" / name / "x.png")
+    with pytest.raises(ValueError, match="is no name of a class; give it one of plain signs") as caught:
+        make(tmp_path / "in", tmp_path / "out")
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_fifo_is_not_read(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "x.png")
     os.mkfifo(tmp_path / "in" / "pipe.png")
@@ -254,6 +276,15 @@ def test_bad_images_are_left_out_and_named(tmp_path: Path, capsys: pytest.Captur
     assert len(content(tmp_path / "out" / "train")["report"]["left_out"]) == 4  # type: ignore[index]
 
 
+def test_an_image_that_its_format_cannot_hold_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path / "in" / "x.png")
+    picture(tmp_path / "in" / "wide.png", size=(20_000, 2))
+    assert make(tmp_path / "in", tmp_path / "out", "--format", "webp", "--max-bad", "0.5") == 0
+    assert "left out: train: wide.png: has 20000 x 2 pixels, webp holds 16,383 a side" in capsys.readouterr().out
+
+
 def test_too_many_bad_images_are_an_error_and_a_higher_share_finishes_the_set(tmp_path: Path) -> None:
     source = bad_folder(tmp_path / "in", good=8)
     with pytest.raises(ValueError, match=r"4 of 12 images \(33\.3%\) are bad, more than --max-bad 0\.01; the first: "):
@@ -268,9 +299,7 @@ def test_too_many_bad_images_are_an_error_and_a_higher_share_finishes_the_set(tm
 def test_a_folder_of_bad_images_only_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.png").write_text("no")
-    with pytest.raises(
-        ValueError, match=r"none of the 1 images of the train split can be used; the first: train: x\.png"
-    ):
+    with pytest.raises(ValueError, match=r"no image of the train split can be used \(of 1\); the first: train: x\.png"):
         make(tmp_path / "in", tmp_path / "out", "--max-bad", "0.99")
 
 
@@ -467,6 +496,8 @@ def test_each_help_shows_an_example(words: list[str], capsys: pytest.CaptureFixt
         ["--size", "0"], ["--size", "1x2x3"], ["--size", "big"], ["--val-fraction", "1"], ["--workers", "0"],
         ["--max-bad", "-1"], ["--background", "1,2"], ["--background", "1,2,300"], ["--range", "1,0"],
         ["--shard-size", "64"], ["--shard-size", "0MB"], ["--splits", "train"], ["--max-megapixels", "-1"],
+        ["--max-megapixels", "inf"], ["--shard-size", "64B"], ["--size", "16385"],
+        ["--size", "9" * 30], ["--workers", "9" * 30], ["--seed", "9" * 30],
     ],
 )  # fmt: skip
 def test_a_bad_option_is_named(tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,8 +44,8 @@ def birds(tmp_path: Path) -> Path:
 def test_fields_are_chosen_and_classes_are_of_both_splits(birds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(birds), "--image", "left.npy", "--label", "json:species"]) == 0
     said = capsys.readouterr().out
-    assert f"{birds}/test/index.json: 1 samples in 1 shards, 3 classes" in said
-    assert f"{birds}/train/index.json: 3 samples in 1 shards, 3 classes" in said
+    assert f"{birds}/test/index.json: 1 sample in 1 shard, 3 classes" in said
+    assert f"{birds}/train/index.json: 3 samples in 1 shard, 3 classes" in said
     assert content(birds)["reading"] == {"image": "left.npy", "label": "json:species", "ignore": []}
     assert content(birds)["classes"] == content(birds, "test")["classes"] == ["emu", "owl", "tit"]
     assert (labels(birds), labels(birds, "test")) == (["owl", "emu", "owl"], ["tit"])
@@ -153,4 +153,4 @@ def test_a_bar_is_shown_on_a_terminal_only(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("TTY_INTERACTIVE", "1")
     assert main([str(tmp_path)]) == 0
-    assert "indexing 1.0 of 1 shards" in capsys.readouterr().err
+    assert "indexing 1 of 1 shard " in capsys.readouterr().err

@@ -28,10 +28,22 @@ ROOT = Path(__file__).resolve().parents[2]
 # ------------------------------------------------------------------ the command line
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1B", 1), ("100KB", 100_000), ("64MB", 64_000_000), ("0.5GB", 500_000_000), ("1MiB", 1 << 20), ("2 KiB", 2048)],
+    [
+        ("1B", 1),
+        ("100KB", 100_000),
+        ("100kB", 100_000),
+        ("64MB", 64_000_000),
+        ("0.5GB", 500_000_000),
+        ("1MiB", 1 << 20),
+        ("2 KiB", 2048),
+    ],
 )
 def test_a_size_is_a_number_with_a_unit(text: str, size: int) -> None:
     assert options.size_in_bytes(text) == size
+
+
+def test_a_size_beyond_every_disk_is_a_number_too() -> None:
+    assert options.size_in_bytes("9" * 400 + "MB") > 10**400
 
 
 @pytest.mark.parametrize("text", ["64", "MB", "-1MB", "0MB", "0.1B", "64mb", "1TB", "nan MB", "64MB/s"])
@@ -57,6 +69,31 @@ def test_each_kind_has_a_maker_and_a_help_with_an_example(kind: str, capsys: pyt
     assert f"  tandem data make {kind} " in said
     for option in ("--size", "--format", "--shard-size", "--no-shuffle", "--seed", "--workers"):
         assert option in said
+
+
+VERBS = {verb: f"tools.shards.{verb}" for verb in ("make", "index", "reshard", "stats", "show")}
+HELPS = [*VERBS, "verify", *(f"make {kind}" for kind in KINDS)]
+
+
+@pytest.mark.parametrize("words", HELPS)
+def test_every_help_fits_a_terminal(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    verb, *kind = words.split()
+    module = importlib.import_module(VERBS.get(verb, "tools.shards.check"))
+    with pytest.raises(SystemExit):
+        module.main([*kind, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert f"usage: tandem data {words} " in lines[0]
+
+
+def test_what_a_verb_says_goes_through_one_piece() -> None:
+    """Names of files and classes may hold what steers a terminal."""
+    files = (ROOT / "tools" / "shards").glob("*.py")
+    prints = {path.name: path.read_text().count("print(") for path in files if "print(" in path.read_text()}
+    assert prints == {"words.py": 1, "report.py": 1, "stats.py": 1}  # tables of shown names, and JSON, which is ASCII
 
 
 def test_help_does_not_wait_for_numpy_or_torch() -> None:

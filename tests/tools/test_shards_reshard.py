@@ -200,7 +200,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out_by_name(
             data = encoded(number, "PNG")
             writer.write({"__key__": f"{number}", "png": data[: len(data) // 2] if number == 2 else data})
     arguments = [str(tmp_path / "bad"), str(tmp_path / "out"), "--size", "8"]
-    with pytest.raises(ValueError, match=r"1 of 4 images \(25\.0%\) are bad.*a\.tar: 2"):
+    with pytest.raises(ValueError, match=r"1 of 4 images \(25\.0%\) is bad.*a\.tar: 2"):
         reshard.main(arguments)
     assert reshard.main([*arguments, "--max-bad", "0.3"]) == 0
     said = capsys.readouterr().out

@@ -73,6 +73,7 @@ def test_the_default_place_and_what_is_refused(made: Path, tmp_path: Path) -> No
     said = starts.tandem(logs, "data", "show", str(made), "--images", "2", cwd=tmp_path).ok()
     assert said.out.startswith("data_small.png: 2 images") and (tmp_path / "data_small.png").exists()
     starts.tandem(logs, "data", "show", str(made), "data.flop=true").refused("flip")
-    starts.tandem(logs, "data", "show", str(made), "--start", "-1").refused("--start")
+    for start in ("-1", "9" * 30):
+        starts.tandem(logs, "data", "show", str(made), "--start", start).refused("--start")
     starts.tandem(logs, "data", "show", str(made), "--out", "sheet.gif").refused("end it in .png")
     starts.tandem(logs, "data", "show", str(made), f"data.path={tmp_path / 'none'}").refused("does not exist")

@@ -141,6 +141,28 @@ def test_counts_of_one_are_in_the_singular(tmp_path: Path, capsys: pytest.Captur
     assert "class 1: 1 (0.3%)" in said
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_cannot_steer_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, terminal: bool
+) -> None:
+    for name in ("good", "bad\udcfe\n\x1b]0;title\x07"):
+        path = tmp_path / "in" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(np.zeros((8, 8, 3), np.uint8), "PNG") if name == "good" else b"")
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--val-fraction", "0", "--max-bad", "0.5"]
+    assert make(["folder", *words]) == 0
+    if terminal:
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("TTY_INTERACTIVE", "1")
+        monkeypatch.setenv("COLUMNS", "120")
+    capsys.readouterr()
+    assert stats.main([str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert r"train: bad\udcfe\n\x1b]0;title\x07.png: is empty" in said
+    assert "\x1b]" not in said and "\x07" not in said
+
+
 def test_classes_in_order_are_told_with_what_to_do(tmp_path: Path, ask: Ask) -> None:
     generator = np.random.default_rng(0)
     images = list(generator.integers(0, 256, (1_600, 4, 4, 1), np.uint8))

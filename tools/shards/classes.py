@@ -1,5 +1,6 @@
 """How many samples each class has, and whether they lie in order in the shards; from the index alone."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,16 @@ class Balance:
     unlabelled: int
     order: float | None
     """chi2 a degree of freedom of the classes of runs of RUN samples, in the order of the shards; None: too few."""
+
+
+def common(splits: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The classes of all splits of a set: a number must mean the same in each. ValueError names a split where it does
+    not."""
+    longest = max(splits.values(), key=len)
+    for split, classes in splits.items():
+        if tuple(classes) != tuple(longest[: len(classes)]):
+            raise ValueError(f"{split}: has other classes than the other splits; run `tandem data index` on the set")
+    return tuple(longest)
 
 
 def balance(index: Index) -> Balance:

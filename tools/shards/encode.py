@@ -9,9 +9,12 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from PIL import Image
 
+from trainer.data.convert import Undecodable
+
 SMALL = 64
 """Pixels: images that are no larger are stored as they are (.npy), which reads 50 times faster than PNG."""
 JPEG_QUALITY = 95
+WEBP_SIDE = 16_383  # pixels: 14 bits of its header
 
 
 def npy(image: NDArray[np.uint8]) -> bytes:
@@ -31,7 +34,7 @@ class Encoded(NamedTuple):
 def encode(image: NDArray[np.uint8], form: str) -> Encoded:
     """A uint8 (H, W, C) image as one of tools.shards.options.FORMATS.
 
-    auto: npy up to 64 x 64, else JPEG of quality 95 without chroma loss.
+    auto: npy up to 64 x 64, else JPEG of quality 95 without chroma loss. Undecodable: too large for its format.
     """
     height, width, channels = image.shape
     if form == "auto":
@@ -44,6 +47,8 @@ def encode(image: NDArray[np.uint8], form: str) -> Encoded:
             np.ascontiguousarray(image), quality=JPEG_QUALITY, colorspace=colour, colorsubsampling="444"
         )
         return Encoded("jpg", data, (height, width, channels))
+    if form == "webp" and max(height, width) > WEBP_SIDE:
+        raise Undecodable(f"has {width} x {height} pixels, webp holds {WEBP_SIDE:,} a side")
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
     file = io.BytesIO()
     if form == "png":

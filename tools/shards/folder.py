@@ -20,6 +20,7 @@ from tools.shards.pack import Bar, LeftOut, Packed, Plan, complete, pack
 from tools.shards.words import counted
 from trainer.data import convert
 from trainer.data.convert import Undecodable
+from trainer.errors import naming, shown
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
@@ -121,13 +122,15 @@ def plan(
     names = [name for name, _, _ in listing.images]
     if not names:
         kinds = " ".join(sorted(EXTENSIONS))
-        passed = f" ({listing.others} other files, {len(listing.hidden)} hidden)"
+        passed = f" ({counted(listing.others, 'other file')}, {len(listing.hidden):,} hidden)"
         raise ValueError(f"{source}: holds no images{passed}; images are files ending in {kinds}")
     if splits is None:
         below = {split: {name: name for name in part} for split, part in divide(names, seed, val_fraction).items()}
     else:
         below = {split: _below(names, source, part) for split, part in zip(("train", "test"), splits, strict=True)}
     folders = sorted({_class(path) for part in below.values() for path in part.values()} - {""}, key=natural)
+    if strange := [folder for folder in folders if not folder.isprintable()]:
+        raise ValueError(f"{source}: the folder {shown(strange[0])} is no name of a class; give it one of plain signs")
     number = {folder: label for label, folder in enumerate(folders)}
     ordered = {
         split: [Found(name, number.get(_class(part[name]), -1)) for name in order(part, seed, shuffle=shuffle)]
@@ -189,7 +192,9 @@ class Encode:
         try:
             if path.stat().st_size > LARGEST_FILE:
                 raise Undecodable(f"is larger than {LARGEST_FILE:,} bytes")
-            return self._pack(f"{number:09d}", path.read_bytes(), found)
+            with naming(path):
+                data = path.read_bytes()
+            return self._pack(f"{number:09d}", data, found)
         except Undecodable as error:
             return LeftOut(found.name, str(error))
 

@@ -6,6 +6,7 @@ Builds or renews the index of a set: one pass over its shards.
 import sys
 
 from tools.shards import options as shared
+from tools.shards.words import counted, say
 
 EXAMPLE = """\
 examples:
@@ -18,7 +19,8 @@ def main(argv: list[str]) -> int:
     parser = shared.parser(
         "tandem data index",
         description="Builds or renews the index of WebDataset shards: where each sample lies, its class, the sha256 of "
-        "each shard. Reads every shard once. Beside the shards, or in the cache where DEST is a URL or read-only.",
+        "each shard. Reads every shard once. The index lies beside the shards, or in the cache where DEST is a URL or "
+        "read-only.",
         example=EXAMPLE,
     )
     parser.add_argument("dest", metavar="DEST", help="folder or URL that holds train/ and test/")
@@ -41,7 +43,8 @@ def main(argv: list[str]) -> int:
     )
     for found in part.renew(config, options.dest):
         holds, where = found.contents, found.file(contents.NAME)
-        print(f"{where}: {holds.samples:,} samples in {len(holds.shards)} shards, {len(holds.classes)} classes")
+        shards, classes = counted(len(holds.shards), "shard"), counted(len(holds.classes), "class", "classes")
+        say(f"{where}: {counted(holds.samples, 'sample')} in {shards}, {classes}")
     return 0
 
 

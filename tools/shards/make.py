@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tools.shards import options as shared
+from tools.shards.words import say
 
 EXAMPLE = """\
 examples:
   tandem data make fashion-mnist data/fashion-mnist
   tandem data make folder faces/ data/faces --size 128
-  tandem data make folder imagenet/ data/imagenet64 --size 64 --splits train,val --workers 8
+  tandem data make folder imagenet/ data/imagenet64 --size 64 --splits train,val
 """
 
 FACES = (
@@ -75,7 +76,8 @@ def add_emoji(to: argparse.ArgumentParser) -> None:
 
 
 def add_faces(to: argparse.ArgumentParser) -> None:
-    to.add_argument("--style", choices=FACES, default=FACES[0], help=f"of the drawings (default: {FACES[0]})")
+    to.add_argument("--style", choices=FACES, default=FACES[0], metavar="STYLE",
+                    help=f"of the drawings: {', '.join(FACES)} (default: {FACES[0]})")  # fmt: skip
     to.add_argument("--count", type=shared.count, default=20_000, metavar="N", help="of faces (default: 20000)")
     to.add_argument("--label", metavar="ATTRIBUTE", help="attribute that is the class, such as face or skinColor "
                     "(default: no classes; every attribute is in the .json)")  # fmt: skip
@@ -157,7 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
     for name, kind in KINDS.items():
         under = kinds.add_parser(
-            name, help=kind.help, description=kind.description, epilog=f"example:\n  {kind.example}\n",
+            name, help=kind.help, description=shared.filled(kind.description), epilog=f"example:\n  {kind.example}\n",
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         )  # fmt: skip
         if kind.source:
@@ -177,21 +179,16 @@ def run(module: str, options: argparse.Namespace) -> int:
     try:
         return int(importlib.import_module(module).make(options, bar=bar, say=say))
     except KeyboardInterrupt:
-        print(f"{options.dest}: interrupted; the same command goes on from here", file=sys.stderr)
+        say(f"{options.dest}: interrupted; the same command goes on from here", to=sys.stderr)
         raise
-
-
-def say(text: str) -> int:
-    print(text.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
-    return 0
 
 
 @contextlib.contextmanager
 def bar(total: int, what: str = "packing") -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr where that is a terminal; gives the function that moves it."""
+    """A progress bar on stderr where that is a terminal and there is work; gives the function that moves it."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not (console.is_terminal and total)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 

@@ -7,6 +7,7 @@ from the last whole shard and gives the same bytes as an uninterrupted one. The 
 import contextlib
 import fcntl
 import json
+import math
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -15,11 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from tools.shards.shard import LeftOut, Packed, Shard, members, save
-from trainer.data import build
+from tools.shards.shard import LeftOut, Packed, Shard, into_place, members
+from tools.shards.state import State, whole
+from tools.shards.words import counted
+from trainer import durable
+from trainer.data import ShardsConfig, build, contents, touched
 from trainer.data.contents import AS_MADE
-from trainer.data.part import UNFINISHED
+from trainer.data.part import UNFINISHED, open_part
+from trainer.errors import naming
 
+FINISHED = ".finished"
+"""What .unfinished/ is called while it is removed."""
+TAKEN = "is not empty and not a set of shards; choose a new folder, nothing is overwritten"
 Item = TypeVar("Item")
 Bar = Callable[..., contextlib.AbstractContextManager[Callable[[int], None]]]
 """bar(total, what): a progress bar; gives the function that moves it."""
@@ -57,16 +65,24 @@ def pack(
 
     ValueError: DEST is taken, or more than `max_bad` of the images are bad (then no index is written).
     """
-    with _workplace(dest, plan) as state:
-        advance(sum(state["next"].values()))
+    with naming(dest), _workplace(dest, plan) as state:
+        lost = _lost(dest, state, workers=workers, advance=advance)
         for split, items in plan.splits.items():
-            _pack_split(dest, split, items, encode, state, shard_bytes=shard_bytes, workers=workers, advance=advance)
-        report = {**plan.notes, "converted": state["converted"], "left_out": state["left_out"]}
+            (dest / split).mkdir(exist_ok=True)
+            again = [(number, state.items(split, number), math.inf) for number in lost[split]]
+            new = len(state.steps[split])
+            for number, part, largest in [*again, (new, range(state.begin(split, new), len(items)), shard_bytes)]:
+                _write(
+                    dest, split, items, part, number, encode, state, largest=largest, workers=workers, advance=advance
+                )
+        report = {**plan.notes, **state.report}
         _judge(dest, plan, state, max_bad)
-        drafts = {split: [build.Draft.of(made) for made in state["shards"][split]] for split in plan.splits}
+        drafts = {split: state.drafts(split) for split in plan.splits}
         for split in sorted(plan.splits):
-            _write_index(dest, split, plan, drafts[split], image=state["image"], report=report)
-        shutil.rmtree(dest / UNFINISHED)
+            _write_index(dest, split, plan, drafts[split], image=state.image, report=report)
+        (dest / UNFINISHED).replace(dest / FINISHED)  # at once: half of it would not be gone on with
+        durable.flush(dest)
+        shutil.rmtree(dest / FINISHED)
     return Made({split: sum(made.samples for made in done) for split, done in drafts.items()}, report)
 
 
@@ -79,20 +95,24 @@ def complete(dest: Path, splits: Sequence[str], options: Mapping[str, Any]) -> b
         raise ValueError(f"{dest}: is a file; choose a folder for the shards")
     if not any(dest.iterdir()):
         return False
-    paths = [dest / split / "index.json" for split in splits]
-    if not all(path.exists() for path in paths):
-        raise ValueError(f"{dest}: is not empty and not a set of shards; choose a new folder, nothing is overwritten")
-    made = json.loads(paths[0].read_text(encoding="utf-8")).get("options")
-    if made != _plain(options):
+    if not all((dest / split / contents.NAME).exists() for split in splits):
+        raise ValueError(f"{dest}: {TAKEN}")
+    config = ShardsConfig(path=dest, size=1, verify="size")
+    try:
+        found = [open_part(config, dest, split).contents for split in splits]
+    except ValueError as error:
+        raise ValueError(f"{error}\nwithout a copy of it: remove {dest}, and the same command makes it again") from None
+    if found[0].options != _plain(options):
         raise ValueError(
             f"{dest}: holds a finished set that was made from something else or otherwise; "
             "choose a new folder or remove it, nothing is overwritten"
         )
+    shutil.rmtree(dest / FINISHED, ignore_errors=True)
     return True
 
 
 @contextlib.contextmanager
-def _workplace(dest: Path, plan: Plan[Item]) -> Iterator[dict[str, Any]]:
+def _workplace(dest: Path, plan: Plan[Item]) -> Iterator[State]:
     """What is done so far, with DEST locked against a second maker."""
     work = dest / UNFINISHED
     work.mkdir(parents=True, exist_ok=True)
@@ -101,24 +121,17 @@ def _workplace(dest: Path, plan: Plan[Item]) -> Iterator[dict[str, Any]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{dest}: another `tandem data make` is at work there") from None
-        path = work / "state.json"
-        if path.exists():
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if state["options"] != _plain(plan.options):
-                raise ValueError(
-                    f"{dest}: holds an unfinished set that was begun from other files or with other options; "
-                    "finish it with these, or remove the folder"
-                )
-        else:
-            state = {
-                "options": _plain(plan.options),
-                "next": dict.fromkeys(plan.splits, 0),
-                "shards": {split: [] for split in plan.splits},
-                "image": "auto",
-                "converted": {},
-                "left_out": [],
-            }
-            save(dest, state)
+        state = State.load(dest)
+        if state is None:
+            if any(entry.name != UNFINISHED for entry in dest.iterdir()):
+                raise ValueError(f"{dest}: {TAKEN}")
+            state = State(dest, _plain(plan.options), {split: [] for split in plan.splits})
+            state.save()
+        elif state.options != _plain(plan.options):
+            raise ValueError(
+                f"{dest}: holds an unfinished set that was begun from other files or with other options; "
+                "finish it with these, or remove the folder"
+            )
         yield state
 
 
@@ -126,49 +139,86 @@ def _plain(options: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(options))
 
 
-def _pack_split(
+def _lost(dest: Path, state: State, *, workers: int, advance: Callable[[int], None]) -> dict[str, list[int]]:
+    """Of each split the shards that are noted and not there. ValueError names those that are others by now."""
+    lost: dict[str, list[int]] = {split: [] for split in state.steps}
+    faults: list[str] = []
+    steps = [(split, number, step.made) for split, part in state.steps.items() for number, step in enumerate(part)]
+    with ThreadPoolExecutor(workers, thread_name_prefix="compare") as pool:
+        found = pool.map(lambda one: one[2] is None or _there(dest, one[0], one[2]), steps)
+        for (split, number, _), there in zip(steps, found, strict=True):
+            if isinstance(there, str):
+                faults.append(there)
+            elif there:
+                advance(len(state.items(split, number)))
+            else:
+                lost[split].append(number)
+    touched.refuse(faults)
+    return lost
+
+
+def _there(dest: Path, split: str, made: build.Draft) -> bool | str:
+    """Whether a shard that is noted is there; a fault where it is another."""
+    path, aside = dest / split / made.name, dest / UNFINISHED / made.name
+    if path.exists():
+        again = "take it away, and the same command makes it again"
+        return whole(path, made) or f"{path}: is not the shard that was made there (another size or sha256); {again}"
+    if aside.exists() and whole(aside, made):  # it was stopped between the note and the name
+        into_place(aside, path)
+        return True
+    return False
+
+
+def _write(
     dest: Path,
     split: str,
     items: Sequence[Item],
+    part: range,
+    number: int,
     encode: Callable[[str, int, Item], Packed | LeftOut],
-    state: dict[str, Any],
+    state: State,
     *,
-    shard_bytes: int,
+    largest: float,
     workers: int,
     advance: Callable[[int], None],
 ) -> None:
-    folder = dest / split
-    folder.mkdir(exist_ok=True)
-    shard = Shard(folder, split, len(state["shards"][split]))
+    """These items as shard `number`, and as those behind it where it would exceed `largest` bytes."""
+    shard = Shard(dest, split, number)
     try:
-        with contextlib.closing(_ordered(split, items, encode, start=state["next"][split], workers=workers)) as results:
-            for number, result in results:
+        with contextlib.closing(_ordered(split, items, encode, part, workers=workers)) as results:
+            for at, result in results:
                 if isinstance(result, Packed):
                     parts = members(result)
-                    if shard.samples and shard.position + sum(map(len, parts)) > shard_bytes:
-                        shard.finish(dest, state, following=number)
-                        shard = Shard(folder, split, len(state["shards"][split]))
+                    if shard.samples and shard.position + sum(map(len, parts)) > largest:
+                        shard.finish(state, following=at)
+                        shard.close()
+                        shard = Shard(dest, split, shard.number + 1)
                     shard.add(result, parts)
                 else:
                     shard.left_out.append(result)
                 advance(1)
         if shard.samples or shard.left_out:
-            shard.finish(dest, state, following=len(items))
+            shard.finish(state, following=part.stop)
     finally:
-        shard.discard()
+        shard.close()
 
 
 def _ordered(
-    split: str, items: Sequence[Item], encode: Callable[[str, int, Item], Packed | LeftOut], *, start: int, workers: int
+    split: str,
+    items: Sequence[Item],
+    encode: Callable[[str, int, Item], Packed | LeftOut],
+    part: range,
+    *,
+    workers: int,
 ) -> Generator[tuple[int, Packed | LeftOut], None, None]:
     """Results in the order of the items, a few ahead of the writer."""
     if workers < 2:
-        yield from ((number, encode(split, number, items[number])) for number in range(start, len(items)))
+        yield from ((number, encode(split, number, items[number])) for number in part)
         return
     waiting: deque[tuple[int, Future[Packed | LeftOut]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
         try:
-            for number in range(start, len(items)):
+            for number in part:
                 waiting.append((number, pool.submit(encode, split, number, items[number])))
                 if len(waiting) >= 4 * workers:
                     first, future = waiting.popleft()
@@ -180,17 +230,19 @@ def _ordered(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _judge(dest: Path, plan: Plan[Item], state: Mapping[str, Any], max_bad: float) -> None:
-    total, bad = sum(map(len, plan.splits.values())), state["left_out"]
+def _judge(dest: Path, plan: Plan[Item], state: State, max_bad: float) -> None:
+    total, bad = sum(map(len, plan.splits.values())), state.report["left_out"]
     first = f"; the first: {bad[0][0]}: {bad[0][1]}" if bad else ""
     for split, items in plan.splits.items():
-        if items and not state["shards"][split]:
-            raise ValueError(f"{dest}: none of the {len(items)} images of the {split} split can be used{first}")
+        if items and not state.drafts(split):
+            raise ValueError(f"{dest}: no image of the {split} split can be used (of {len(items):,}){first}")
     if len(bad) > max_bad * total:
+        are = "is" if len(bad) == 1 else "are"
         raise ValueError(
-            f"{dest}: {len(bad)} of {total} images ({len(bad) / total:.1%}) are bad, more than --max-bad {max_bad:g}"
+            f"{dest}: {len(bad):,} of {counted(total, 'image')} ({len(bad) / total:.1%}) {are} bad, "
+            f"more than --max-bad {max_bad:g}"
             f"{first}; "
-            f"{dest / UNFINISHED / 'state.json'} names them all; a higher --max-bad leaves them out"
+            f"{state.path} names them all; a higher --max-bad leaves them out"
         )
 
 

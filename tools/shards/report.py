@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tools.shards import tells
-from tools.shards.words import counted, percent, smallest_to_largest
+from tools.shards.words import counted, percent, say, smallest_to_largest
+from trainer.errors import shown
 
 SHOWN = 20
 """Classes that are shown; of more, as many of the largest and of the smallest as fit."""
@@ -25,13 +26,23 @@ PERIODS = {
 
 
 def show(found: Figures) -> None:
+    found = _printable(found)
     console = Console()
     if console.is_terminal:
         for part in _tables(found):
             console.print(part)
         return
     for line in lines(found):
-        print(line.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
+        say(line)
+
+
+def _printable(value: Any) -> Any:
+    """The same figures, every name in them in signs that steer no terminal."""
+    if isinstance(value, Mapping):
+        return {shown(key): _printable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_printable(one) for one in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def lines(found: Figures) -> Iterator[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.shards import options as shared
+from trainer.errors import naming
 
 if TYPE_CHECKING:  # --help should not wait for numpy and torch
     from tools.shards.encode import Encoded
@@ -65,6 +66,7 @@ def make(options: argparse.Namespace, *, bar: "Bar", say: Callable[[str], int]) 
     import numpy as np
 
     from tools.shards import named
+    from tools.shards.classes import common
     from tools.shards.pack import Plan, complete
     from trainer.data.order import permutation
 
@@ -84,10 +86,11 @@ def make(options: argparse.Namespace, *, bar: "Bar", say: Callable[[str], int]) 
         ).tolist()
         for number, (split, index) in enumerate(indices.items())
     }
+    classes = common({split: index.classes for split, index in indices.items()})
     copies = {split: Copy(index, options) for split, index in indices.items()}
     report: Mapping[str, Any] = next(iter(indices.values())).report
     kept = {name: value for name, value in report.items() if name not in ("converted", "left_out", "passed_over")}
-    plan = Plan(splits, _classes(indices), wanted, {**kept, "resharded_from": str(options.source)})
+    plan = Plan(splits, classes, wanted, {**kept, "resharded_from": str(options.source)})
     return named.finish(
         options, plan, lambda split, number, sample: copies[split](sample), what="samples", bar=bar, say=say,
         max_bad=options.max_bad,
@@ -114,15 +117,6 @@ def _load(options: argparse.Namespace) -> dict[str, "Index"]:
             raise ValueError(f"{options.source}: holds no train/*.tar; put the shards into a folder of that name")
     splits = splits or ["train", "test"]
     return {split: index.load(config, split) for split in sorted(splits, key=lambda name: (name != "train", name))}
-
-
-def _classes(indices: Mapping[str, "Index"]) -> tuple[str, ...]:
-    """Of all splits: the numbers must mean the same in each."""
-    longest = max((index.classes for index in indices.values()), key=len)
-    for split, index in indices.items():
-        if index.classes != longest[: len(index.classes)]:
-            raise ValueError(f"{split}: has other classes than the other splits; run `tandem data index` on the set")
-    return longest
 
 
 def _refuse_grey(indices: Mapping[str, "Index"], options: argparse.Namespace) -> None:
@@ -171,10 +165,11 @@ class Copy:
     def _members(self, sample: int, shard: int, begin: int, end: int) -> tuple[bytes, "list[tar.Member]"]:
         from trainer.data import tar
 
-        data = os.pread(self._opened(shard).fd, end - begin, begin)
-        where = self.index.store(shard).name
+        where = f"{self.index.store(shard).name}/{self.index.shards[shard].name}"
+        with naming(where):
+            data = os.pread(self._opened(shard).fd, end - begin, begin)
         if len(data) < end - begin:
-            raise ValueError(f"{where}/{self.index.shards[shard].name}: was cut short while it was read")
+            raise ValueError(f"{where}: was cut short while it was read")
         found = tar.members(lambda at, count: data[at : at + count], where, total=len(data), marked=False)
         return data, [member for member in found if member.field]
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tools.shards.state import State, Step
 from trainer import durable
 from trainer.data import build, tar
 from trainer.data.part import UNFINISHED
@@ -53,11 +54,12 @@ def members(sample: Packed) -> list[bytes]:
 
 
 class Shard:
-    """A shard in the making: the file lies aside until it is whole."""
+    """A shard in the making: it lies among the drafts until it is whole and noted."""
 
-    def __init__(self, folder: Path, split: str, number: int) -> None:
-        self.split, self.path = split, folder / f"{split}-{number:05d}.tar"
-        self.aside = folder / f".{self.path.name}.part"
+    def __init__(self, dest: Path, split: str, number: int) -> None:
+        self.split, self.number = split, number
+        self.path = dest / split / f"{split}-{number:05d}.tar"
+        self.aside = dest / UNFINISHED / self.path.name
         self.file = self.aside.open("wb")
         self.digest = hashlib.sha256()
         self.position = self.samples = 0
@@ -88,42 +90,29 @@ class Shard:
         self.digest.update(data)
         self.position += len(data)
 
-    def finish(self, dest: Path, state: dict[str, Any], *, following: int) -> None:
-        """The shard gets its name, then its line in the state."""
+    def finish(self, state: State, *, following: int) -> None:
+        """The shard gets its line in the state, then its name. ValueError: something has that name."""
+        made = None
         if self.samples:
             self._put(tar.end(self.position))
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.file.close()
             made = build.draft(
-                dest / UNFINISHED, self.path.name, np.array(self.rows, ROW), size=self.position,
+                self.aside.parent, self.path.name, np.array(self.rows, ROW), size=self.position,
                 sha256=self.digest.hexdigest(), fields=list(self.fields), texts=None, spans=spans_of(self.shapes),
             )  # fmt: skip
-            self.aside.replace(self.path)
-            durable.flush(self.path.parent)
-            state["shards"][self.split].append(made)
-        state["image"] = self.image or state["image"]
-        for what, count in self.converted.items():
-            state["converted"][what] = state["converted"].get(what, 0) + count
-        state["left_out"] += [[f"{self.split}: {name}", reason] for name, reason in self.left_out]
-        state["next"][self.split] = following
-        save(dest, state)
+        left_out = [(f"{self.split}: {name}", reason) for name, reason in self.left_out]
+        state.note(self.split, self.number, Step(following, made, self.image, self.converted, left_out))
+        if made:
+            into_place(self.aside, self.path)
 
-    def discard(self) -> None:
+    def close(self) -> None:
         self.file.close()
-        self.aside.unlink(missing_ok=True)
 
 
-def save(dest: Path, state: Mapping[str, Any]) -> None:
-    write(dest / UNFINISHED / "state.json", json.dumps(state).encode())
-
-
-def write(path: Path, data: bytes) -> None:
-    """Aside, flushed, renamed."""
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def into_place(aside: Path, path: Path) -> None:
+    """A shard that is noted gets its name. ValueError: something has it."""
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{path}: is there already and not of this set; take it away, nothing is overwritten")
     aside.replace(path)
     durable.flush(path.parent)

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tools.shards import classes
 from tools.shards.walk import Chunk, spread, walk
+from tools.shards.words import counted
 from trainer.data import index as indices
 from trainer.data.config import ShardsConfig
 from trainer.pictures import Picture, write_png
@@ -54,7 +55,7 @@ def contact(config: ShardsConfig, split: str, *, path: Path, seed: int, threads:
             tiles.setdefault(label if by_row else 0, []).append(Tile(fit(image, CELL), caption))
     index.close()
     drawn = sum(map(len, tiles.values()))
-    title = f"{index.store(0).name}   {drawn:,} of {index.samples:,} images, seed {seed}"
+    title = f"{index.store(0).name}   {drawn:,} of {counted(index.samples, 'image')}, seed {seed}"
     if by_row:
         order = sorted(tiles, key=lambda label: (label < 0, label))
         names = [index.classes[label] if label >= 0 else "no label" for label in order]
@@ -63,7 +64,7 @@ def contact(config: ShardsConfig, split: str, *, path: Path, seed: int, threads:
         every = tiles.get(0, [])
         picture = draw(title, [every[at : at + COLUMNS] for at in range(0, len(every), COLUMNS)])
     write_png(path, picture, overwrite=True)
-    return f"{path}: {drawn:,} images of {split}, seed {seed}"
+    return f"{path}: {counted(drawn, 'image')} of {split}, seed {seed}"
 
 
 def _same(chunk: Chunk) -> Chunk:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tools.shards import options as shared
+from tools.shards.words import counted, say
 
 if TYPE_CHECKING:  # --help should not wait for torch
     import numpy as np
@@ -22,9 +23,10 @@ if TYPE_CHECKING:  # --help should not wait for torch
 EXAMPLE = """\
 examples:
   tandem data show configs/vaegan_fashion.yaml
-  tandem data show configs/vaegan_fashion.yaml data.flip=true --updates 3 --out flipped.png
+  tandem data show configs/vaegan_fashion.yaml data.flip=true --updates 3
 """
 COLUMNS = 4
+LATEST = 10**15  # images that a run has seen
 BETWEEN = 4  # pixels between an image as it is stored and as it is given
 
 
@@ -35,8 +37,9 @@ def main(argv: list[str]) -> int:
         "run, beside the image as it is stored, with position, class and sample. The same every time.",
         example=EXAMPLE,
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="of the run, a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what is otherwise than in CONFIG, such "
+                        "as data.flip=true")  # fmt: skip
     parser.add_argument("--images", type=shared.count, default=16, metavar="N", help="the first of each batch "
                         "(default: 16)")  # fmt: skip
     parser.add_argument("--updates", type=shared.count, default=1, metavar="K", help="batches, one after the other "
@@ -49,8 +52,8 @@ def main(argv: list[str]) -> int:
     from trainer import config as configuration
     from trainer.pictures import write_png
 
-    if options.start < 0:
-        raise ValueError(f"--start: {options.start} is before the first image; 0 is the least")
+    if not 0 <= options.start <= LATEST:
+        raise ValueError(f"--start: {options.start} is no number of images from 0 to {LATEST:,}")
     config = configuration.load(options.config, options.overrides)
     path = options.out or Path(f"data_{options.config.stem}.png")
     sheet.check_name(path)
@@ -71,8 +74,8 @@ def main(argv: list[str]) -> int:
     )
     write_png(path, picture, overwrite=True)
     updates = "an update" if options.updates == 1 else f"{options.updates} updates"
-    print(f"{path}: {sum(map(len, groups)):,} images of {updates} of {options.config}")
-    return 0
+    drawn = counted(sum(map(len, groups)), "image")
+    return say(f"{path}: {drawn} of {updates} of {options.config}")
 
 
 def _batches(config: "Config", *, images: int, updates: int, start: int) -> "Iterator[list[Tile]]":

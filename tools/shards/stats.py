@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.shards import options as shared
+from tools.shards.words import say
 
 if TYPE_CHECKING:  # --help should not wait for numpy
     from tools.shards.classes import Balance
@@ -40,7 +41,9 @@ def main(argv: list[str]) -> int:
                         "(default: all, and copies between them)")  # fmt: skip
     parser.add_argument("--samples", type=shared.count, metavar="N", help="images of a split that are looked at, drawn "
                         "by the seed (default: all)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --samples and of the sheet (default: 0)")
+    parser.add_argument(
+        "--seed", type=shared.seed, default=0, metavar="N", help="of --samples and of the sheet (default: 0)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures for programs; - prints them instead")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw a contact sheet, a PNG")
     parser.add_argument("--workers", type=shared.count, default=min(8, os.cpu_count() or 1), metavar="N",
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> int:
             Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if options.sheet is not None:
         said = sheet.contact(config, names[0], path=options.sheet, seed=options.seed, threads=options.workers)
-        print(said, file=sys.stderr if options.json == "-" else sys.stdout)
+        say(said, to=sys.stderr if options.json == "-" else sys.stdout)
     return 0
 
 

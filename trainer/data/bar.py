@@ -14,7 +14,8 @@ def bar(what: str, total: int) -> Iterator[Callable[[float], None]]:
     from rich.console import Console  # here: most starts need none
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    text = TextColumn("{task.description} {task.completed:.0f} of {task.total} shards")
+    shards = "shard" if total == 1 else "shards"
+    text = TextColumn(f"{{task.description}} {{task.completed:.0f}} of {{task.total}} {shards}")
     with Progress(text, BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda shards: progress.advance(task, shards)
+        yield lambda count: progress.advance(task, count)

@@ -1,6 +1,7 @@
 """Builds the index of shards that somebody else made: each is read once, in threads, its sha256 on the way."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -19,12 +20,15 @@ from trainer import durable
 from trainer.data import contents, table
 from trainer.data.bar import bar
 from trainer.data.contents import Contents
+from trainer.data.growing import explained
 from trainer.data.scan import Wanted, scan
 from trainer.data.store import Store
 from trainer.data.table import Rows, Shard, Span, Spans
 
 DRAFTS = ".indexing-"
 """Beginning of the name of a folder in the target while it is indexed; two machines that share it have one each."""
+HELD = "lock"
+"""File in it, locked as long as its process lives."""
 WORKERS = min(4, os.cpu_count() or 1)  # threads that scan: hashing leaves the interpreter, parsing does not
 
 
@@ -102,10 +106,7 @@ def publish(
     for found in drafts:
         name = table.table_name(found.name)
         rows = table.decode((folder / name).read_bytes()).copy()
-        rows["field"] = _numbers([fields.index(field) for field in found.fields])[rows["field"]]
-        if found.texts is not None:
-            names = _numbers([number[text] for text in found.texts] + [-1])  # -1, no label, takes the last one
-            rows["label"] = names[rows["label"]]
+        renumber(rows, found.fields, found.texts, fields=fields, classes=number)
         data = table.encode(rows)
         aside = folder / f"{name}.whole"
         aside.write_bytes(data)
@@ -120,6 +121,22 @@ def publish(
     contents.write(target / contents.NAME, known, aside=folder / contents.NAME)
 
 
+def renumber(
+    rows: Rows,
+    found: Sequence[str],
+    texts: Sequence[str] | None,
+    *,
+    fields: Sequence[str],
+    classes: Mapping[str, int],
+) -> None:
+    """A shard's own numbers of fields and of classes as text become those of its set, in place. KeyError, ValueError:
+    the set has no such class or field."""
+    rows["field"] = _numbers([fields.index(field) for field in found])[rows["field"]]
+    if texts is not None:
+        names = _numbers([classes[text] for text in texts] + [-1])  # -1, no label, takes the last one
+        rows["label"] = names[rows["label"]]
+
+
 def build(
     splits: Sequence[Split], wanted: Wanted, *, classes: tuple[str, ...] | None = None, names: tuple[str, ...] = ()
 ) -> None:
@@ -132,6 +149,9 @@ def build(
     for split, found in zip(splits, shards, strict=True):
         if not found:
             raise ValueError(f"data.path: {split.store.name} holds no .tar files; make them with `tandem data make`")
+        for name in found:
+            if fault := table.name_fault(name):
+                raise ValueError(f"{split.store.name}: {fault}; rename it")
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(_drafts(split.target)) for split in splits]
         with bar("indexing", sum(map(len, shards))) as advance:
@@ -151,12 +171,36 @@ def build(
 
 @contextlib.contextmanager
 def _drafts(target: Path) -> Iterator[Path]:
-    target.mkdir(parents=True, exist_ok=True)
+    with explained(target):  # beside the shards it is there; so this is the cache
+        target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(f"{DRAFTS}*"):
+        if _abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=DRAFTS, dir=target))
+    file = os.open(folder / HELD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
+        with contextlib.suppress(OSError):  # a file system without flock: nobody there takes it for abandoned
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield folder
     finally:
+        os.close(file)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _abandoned(drafts: Path) -> bool:
+    """Whether the process that made them is gone: the kernel gave its lock up. Without a lock nobody knows."""
+    try:
+        file = os.open(drafts / HELD, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(file)
 
 
 def _scan_all(

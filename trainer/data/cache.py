@@ -21,100 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer import durable
+from trainer.data.growing import DIGEST, NoRoom, Part, Stopped, explained, mark, no_room
 from trainer.data.store import OpenShard
 
 _LOOK = 0.05  # s between looks at a file that another process fetches
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 PART = ".part"
-
-
-class Stopped(OSError):
-    """The store was closed; who waits for a shard then is told so."""
-
-    def __init__(self) -> None:
-        super().__init__("data.path: the stream was closed while a shard was fetched")
-
-
-class Changed(Exception):
-    """The source gives other bytes than the index says; the text completes `FILE: ...`."""
-
-
-class NoRoom(ValueError):
-    """The cache cannot take a file; the text says why and what to do."""
-
-
-Grant = Callable[[int], int]
-"""Asked whether a file may have so many bytes: raises ValueError, or returns how many it may have."""
-
-
-Renaming = Callable[[], contextlib.AbstractContextManager[None]]
-
-
-class Part:
-    """A file that grows; this process holds its lock."""
-
-    def __init__(
-        self, path: Path, file: int, *, size: int | None, stopped: Callable[[], bool], renaming: Renaming
-    ) -> None:
-        """size: bytes that it will have; None: not known yet. renaming: held while the file gets its name."""
-        self.path, self.size, self._file, self._stopped, self._renaming = path, size, file, stopped, renaming
-        self.bytes = os.fstat(file).st_size
-        self.grant: Grant | None = None
-        """Asked as the file grows and no index gives its size."""
-        self._granted = 0
-
-    def write(self, block: bytes | memoryview) -> None:
-        """Appends. Changed where that is more than the file may have, NoRoom where the disk is full."""
-        if self._stopped():
-            raise Stopped
-        if self.size is not None and self.bytes + len(block) > self.size:
-            raise Changed(f"gives more than the {self.size:,} bytes of its index")
-        self._ask(self.bytes + len(block))
-        rest = memoryview(block)
-        while len(rest):
-            with explained(self.path.parent):
-                written = os.pwrite(self._file, rest, self.bytes)
-            self.bytes += written
-            rest = rest[written:]
-
-    def expect(self, size: int) -> None:
-        """Changed where the source's size is not the index's; taken over where none is known."""
-        if self.size is None:
-            self._ask(size)
-            self.size = size
-        elif self.size != size:
-            raise Changed(f"has {size:,} bytes, its index says {self.size:,}")
-
-    def _ask(self, size: int) -> None:
-        if self.grant is not None and size > self._granted:
-            self._granted = self.grant(size)
-
-    def restart(self) -> None:
-        os.ftruncate(self._file, 0)
-        self.bytes = 0
-
-    def sha256(self) -> str:
-        return durable.sha256(self.path)
-
-    def finish(self, path: Path, name: str) -> OpenShard:
-        """Flushes it and gives it its name; it is now open for reading, and this object is done."""
-        with explained(self.path.parent):
-            os.fsync(self._file)
-            path.parent.mkdir(exist_ok=True)
-            with self._renaming():
-                self.path.replace(path)
-            durable.flush(path.parent)
-        fcntl.flock(self._file, fcntl.LOCK_SH)
-        found, self._file = OpenShard(name, self._file), -1
-        return found
-
-    def close(self, *, remove: bool = False) -> None:
-        """Gives the lock up. What was fetched stays, unless it is nothing or to be removed."""
-        if self._file >= 0:
-            if remove or not self.bytes:
-                self.path.unlink(missing_ok=True)
-            os.close(self._file)
-            self._file = -1
 
 
 class _Entry(NamedTuple):
@@ -138,6 +50,7 @@ class Cache:
         stem, _, kind = name.rpartition(".")
         if not stem or "/" in name or "\0" in name or name.startswith("."):
             raise ValueError(f"{name!r} is no name of a file of a set; make the index again with `tandem data index`")
+        assert not sha256.strip("0123456789abcdef")  # contents.py has looked: no part of a path
         return self.folder / f"{stem}.{sha256[:16]}.{kind}"
 
     def open(self, path: Path, size: int, name: str) -> OpenShard | None:
@@ -147,9 +60,9 @@ class Cache:
         except FileNotFoundError:
             return None
         except (NotADirectoryError, PermissionError) as error:
-            raise _no_room(self.root, error) from None
+            raise no_room(self.root, error) from None
         lock(found.fd, fcntl.LOCK_SH, self.root)
-        if found.bytes != size:  # somebody cut it
+        if found.bytes != size or not _verified(path, found.fd):  # somebody cut or changed it
             path.unlink(missing_ok=True)
             return None
         touch(found.fd)
@@ -158,7 +71,7 @@ class Cache:
     def claim(self, path: Path, size: int | None, *, stopped: Callable[[], bool], patience: float) -> Part | None:
         """The right to fetch a file. Waits while another process (or thread) does so; None when that one has finished
         it. TimeoutError when it got nothing for `patience` seconds."""
-        part = path.with_name(f"{path.name}.{size or 0}{PART}")
+        part = _part(path, size)
         grown, since = -1, time.monotonic()
         while True:
             with explained(self.root):
@@ -188,6 +101,16 @@ class Cache:
                     f"{part}: another process fetches it and got nothing for {patience:.0f} s; end that process"
                 )
             time.sleep(_LOOK)
+
+    def begun(self, path: Path, size: int | None) -> int:
+        """Bytes of a file that somebody fetches."""
+        with contextlib.suppress(FileNotFoundError):
+            return _part(path, size).stat().st_size
+        return 0
+
+    def fetching(self, part: Part) -> bool:
+        """Whether files but this one are fetched now, by whomever; what was left behind could have been removed."""
+        return any(entry.path.name.endswith(PART) and entry.path != part.path for entry in self._entries())
 
     def make_room(self, part: Part, size: int, *, keep: Collection[Path]) -> None:
         """Removes the files that were used longest ago, but for `keep`, until this one of `size` bytes fits: first
@@ -267,6 +190,23 @@ class Cache:
         return True
 
 
+def _verified(path: Path, file: int) -> bool:
+    """Whether nobody has written to the file since its sha256 was that of its name; takes the sha256 where that is not
+    known, and marks it."""
+    if int(os.fstat(file).st_mtime) == mark(path):
+        return True
+    found = DIGEST.fullmatch(path.name)
+    if found is None or durable.sha256(path)[:16] != found[1]:
+        return False
+    with contextlib.suppress(OSError):  # another user's
+        os.utime(file, (time.time(), int(mark(path) or 0)))
+    return True
+
+
+def _part(path: Path, size: int | None) -> Path:
+    return path.with_name(f"{path.name}.{size or 0}{PART}")
+
+
 def lock(file: int, kind: int, folder: Path) -> bool:
     """Whether the lock was taken; ValueError where the file system has none."""
     try:
@@ -285,21 +225,6 @@ def touch(file: int | Path) -> None:
     with contextlib.suppress(OSError):  # another user's file, or a read-only folder: it counts as older than it is
         state = file.stat() if isinstance(file, Path) else os.fstat(file)
         os.utime(file, ns=(time.time_ns(), state.st_mtime_ns))
-
-
-@contextlib.contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """A folder that cannot be written, or a full disk, as one line with the key."""
-    try:
-        yield
-    except OSError as error:
-        raise _no_room(folder, error) from None
-
-
-def _no_room(folder: Path, error: OSError) -> NoRoom:
-    return NoRoom(
-        f"data.remote.cache: {folder} cannot be used ({error.strerror}); name another folder, or free its disk"
-    )
 
 
 def _is(path: Path, file: int) -> bool:

@@ -1,5 +1,6 @@
 """The data of a run: where WebDataset shards are and how they are read."""
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,18 @@ from pydantic import Field
 from trainer import bounds
 
 Fit = Literal["exact", "resize", "center", "random"]
+LONGEST = 65_535  # pixels of a side: what a JPEG can hold
+
+
+def _placed(config: object, name: str) -> None:
+    """ValueError where the field's value can be no place of this machine."""
+    text = str(getattr(config, name))
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{name}: {text} begins with the home of a user that is not known here") from None
+    if "\0" in text:
+        raise ValueError(f"{name}: {text!r} has a zero byte in it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,17 +31,22 @@ class RemoteConfig:
     cache: Path = Path("~/.cache/tandem")
     """Folder for fetched shards, and for the index of shards in folders that cannot be written."""
     cache_gb: float = 50.0
-    """GB of shards that stay there; those read longest ago go first. Must hold two windows of shards."""
+    """GB of shards that stay there; those read longest ago go first. Must hold two windows of shards; at most 1e9."""
     ahead: int = 4
-    """Shards that a machine fetches before they are needed."""
+    """Shards that a machine fetches before they are needed; at most 256."""
     timeout: float = 60.0
-    """Seconds without a byte after which a request is given up."""
+    """Seconds after which a request is given up that brought no byte, or less than 64 KiB; at most a day."""
     retries: int = 5
-    """Further tries after a failed request, with growing pauses."""
+    """Further tries after a failed request, with growing pauses; at most 1,000."""
 
     def __post_init__(self) -> None:
         bounds.at_least(0, self, "ahead", "retries")
         bounds.above_zero(self, "cache_gb", "timeout")
+        bounds.at_most(256, self, "ahead")
+        bounds.at_most(1000, self, "retries")
+        bounds.at_most(86_400, self, "timeout")
+        bounds.at_most(1e9, self, "cache_gb")
+        _placed(self, "cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +54,17 @@ class LimitsConfig:
     """What a shard may hold; more is refused by name, before it is read."""
 
     member_mb: float = 64.0
-    """MB of a member of a shard."""
+    """MB of a member of a shard; at most 1e6."""
     members: int = 64
     """Members of a sample."""
     megapixels: float = 64.0
-    """Million pixels of an image, by its header, where sizes differ; else data.size limits them."""
+    """Million pixels of data.size, and of an image by its header; at most 5,000."""
 
     def __post_init__(self) -> None:
         bounds.at_least(1, self, "members")
         bounds.above_zero(self, "member_mb", "megapixels")
+        bounds.at_most(1e6, self, "member_mb")
+        bounds.at_most(5_000, self, "megapixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +72,7 @@ class Reading:
     """How shards are read, whatever they are."""
 
     size: int | tuple[int, int]
-    """Pixels that the networks see: a side of square images, or (height, width)."""
+    """Pixels that the networks see: a side of square images, or (height, width); at most 65,535 a side."""
     channels: Literal[1, 3] = 3
     """1: grey, 3: colour. Grey images among coloured ones are repeated; a set that is all grey wants 1."""
     fit: Fit = "exact"
@@ -75,9 +95,9 @@ class Reading:
     window: int | Literal["all"] = 4
     """Shards whose samples are mixed. Shards that were shuffled when packed need few (4), sorted ones all."""
     readers: int = 2
-    """Threads a rank that read and decode; none are started where the set is held in memory."""
+    """Threads a rank that read and decode, at most 256; none are started where the set is held in memory."""
     prefetch: int = 4
-    """Batches a rank that are read ahead."""
+    """Batches a rank that are read ahead; memory must hold them."""
     cache_mb: int = 1024
     """MiB a rank: a split whose pixels fit is decoded once and held in memory; 0 never."""
     background: tuple[int, int, int] = (255, 255, 255)
@@ -97,11 +117,19 @@ class Reading:
 
     def __post_init__(self) -> None:
         bounds.at_least(1, self, "readers", "prefetch")
+        bounds.at_most(256, self, "readers")
         bounds.at_least(0, self, "cache_mb")
         if self.window != "all" and self.window < 1:
             raise ValueError(f"window: {self.window} must be at least 1, or all")
         if min(self.shape[:2]) < 1:
             raise ValueError(f"size: {self.size} must be at least 1 pixel")
+        height, width, _ = self.shape
+        if max(height, width) > LONGEST:
+            raise ValueError(f"size: {self.size} must be at most {LONGEST:,} pixels")
+        if height * width > self.limits.megapixels * 1e6:
+            raise ValueError(
+                f"size: {height} x {width} pixels are more than limits.megapixels, {self.limits.megapixels:g}, allows"
+            )
         if not all(0 <= level <= 255 for level in self.background):
             raise ValueError(f"background: {self.background} must be three levels from 0 to 255")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -125,6 +153,7 @@ class SetConfig:
 
     def __post_init__(self) -> None:
         bounds.above_zero(self, "weight")
+        _placed(self, "path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +165,10 @@ class ShardsConfig(Reading):
     """Folder or URL (https://, s3://, gs://, any of fsspec) that holds train/ and test/."""
     kind: Literal["shards"] = "shards"
     """WebDataset shards."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _placed(self, "path")
 
     @property
     def sets(self) -> tuple[SetConfig, ...]:
@@ -156,6 +189,10 @@ class MixtureConfig(Reading):
         super().__post_init__()
         if len(self.sets) < 2:
             raise ValueError(f"sets: {len(self.sets)} set is no mixture; name at least two, or take kind: shards")
+        places = [os.path.normpath(os.path.expanduser(one.path)) for one in self.sets]  # noqa: PTH111  or a URL
+        twice = next((one.path for n, one in enumerate(self.sets) if places[n] in places[:n]), None)
+        if twice is not None:
+            raise ValueError(f"sets: {twice} stands there twice; name it once, with the weight of both")
 
 
 def of_set(config: "DataConfig", path: str | Path) -> ShardsConfig:

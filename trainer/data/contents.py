@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer import durable
+from trainer.data import table, tar
+from trainer.data.config import LONGEST
 from trainer.data.table import Shard, Span, Spans
 
 FORMAT = 2
 NAME = "index.json"
 AS_MADE: Mapping[str, Any] = {"image": "auto", "label": "auto", "ignore": []}
-_NAME = re.compile(r"[^/\x00-\x1f\x7f-\x9f]+\.tar")  # no folder, and nothing that steers a terminal
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 MOST = 1 << 60  # samples and bytes that an index may state
 
 
@@ -84,7 +86,7 @@ def remains(path: Path) -> Contents:
     if not isinstance(content, dict):
         content = {}
     parts: tuple[tuple[str, Callable[[Any], Any], Any], ...] = (
-        ("classes", _texts, []),
+        ("classes", _shown, []),
         ("reading", _reading, AS_MADE),
         ("options", dict, {}),
         ("report", dict, {}),
@@ -104,22 +106,26 @@ class _Unfit(Exception):
 
 def _contents(content: Mapping[str, Any]) -> Contents:
     shards = tuple(
-        Shard(_text(s["name"]), _count(s["samples"], 1), _count(s["bytes"]), _text(s["sha256"]), _text(s["table"]))
+        Shard(_text(s["name"]), _count(s["samples"], 1), _count(s["bytes"]), _digest(s["sha256"]), _digest(s["table"]))
         for s in content["shards"]
     )
-    if not all(_NAME.fullmatch(shard.name) for shard in shards):
-        raise _Unfit("names a shard outside its folder")
+    for shard in shards:
+        if fault := table.name_fault(shard.name):
+            raise _Unfit(fault)
+        if shard.samples * tar.BLOCK > shard.bytes:
+            raise _Unfit(f"states {shard.samples} samples in the {shard.bytes} bytes of {shard.name}")
     if len({shard.name for shard in shards}) < len(shards):
         raise _Unfit("names a shard twice")
-    if len(set(content["classes"])) < len(content["classes"]):
+    classes = _shown(content["classes"])
+    if len(set(classes)) < len(classes):
         raise _Unfit("names a class twice")
     image = content["image"]
-    spans = [None if image[name] is None else Span(*map(_count, image[name])) for name in Spans._fields]
+    spans = Spans(_span(image["height"]), _span(image["width"]), _span(image["channels"], 3))
     return Contents(
         shards=shards,
-        classes=_texts(content["classes"]),
-        fields=_texts(image["fields"]),
-        spans=Spans(*spans),
+        classes=classes,
+        fields=_shown(image["fields"]),
+        spans=spans,
         reading=_reading(content["reading"]),
         options=dict(content["options"]),
         report=dict(content["report"]),
@@ -142,7 +148,26 @@ def _texts(values: Any) -> tuple[str, ...]:
     return tuple(map(_text, values))
 
 
-def _count(value: Any, least: int = 0) -> int:
-    if type(value) is not int or not least <= value <= MOST:
-        raise TypeError(f"{value!r:.40} is no number from {least} to {MOST}")
+def _shown(values: Any) -> tuple[str, ...]:
+    """Names that stand in messages and on the board: whoever wrote them steers no terminal."""
+    return tuple(map(tar.shown, _texts(values)))
+
+
+def _digest(value: Any) -> str:
+    """A sha256. It becomes part of a file's name in the cache."""
+    if not _DIGEST.fullmatch(_text(value)):
+        raise _Unfit(f"holds {tar.shown(value)!r:.40} for a sha256, which has 64 digits from 0 to f")
+    return str(value)
+
+
+def _count(value: Any, least: int = 0, most: int = MOST) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise TypeError(f"{value!r:.40} is no number from {least} to {most}")
     return value
+
+
+def _span(value: Any, most: int = LONGEST) -> Span | None:
+    if value is None:
+        return None
+    low, high = value
+    return Span(_count(low, 1, most), _count(high, low, most))

@@ -3,11 +3,15 @@ field:
 16 bit, palettes with alpha, inks, turned photographs, cut files, bombs)."""
 
 import io
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from trainer.data.config import LONGEST
+from trainer.data.exif import FILL, LAID
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What may be opened, by content: readers that start other programs (EPS) or read little-used formats are left out."""
@@ -16,6 +20,10 @@ TURNED = "turned as EXIF says"
 FLATTENED = "transparency laid on the background"
 INKS = "CMYK to RGB"
 SCALED = "float scaled from the given range"
+MOST_SCANS = 100
+"""Of a JPEG: encoders write 10, and each costs a pass over all of its pixels (CVE-2017-9614 and its like)."""
+_WIDE = 16  # times the wanted side that is scaled before the centre is cut out
+_NO_EXIF = ("XML:com.adobe.xmp", "xmp", "Raw profile type exif")  # where Pillow looks for an orientation too
 
 
 class Undecodable(Exception):
@@ -29,9 +37,44 @@ class Converted(NamedTuple):
     """What was done to the pixels."""
 
 
+def allow(height: int, width: int, *, max_pixels: int | None = None) -> None:
+    """Undecodable where an image says that it is of no size, or of too large a one."""
+    if not (1 <= height <= LONGEST and 1 <= width <= LONGEST):
+        raise Undecodable(f"has {height} x {width} pixels, a side has 1 to {LONGEST:,}")
+    if max_pixels is not None and height * width > max_pixels:
+        raise Undecodable(f"has {height} x {width} pixels, at most {max_pixels:,} are allowed")
+
+
 def open_image(data: bytes, *, max_pixels: int) -> Image.Image:
-    """The decoded image. Undecodable: no image, cut short, larger than `max_pixels` (seen before decoding),
-    animated."""
+    """The decoded image. Undecodable: no image, cut short, larger than `max_pixels` or of more than MOST_SCANS scans
+    (seen before decoding), animated."""
+    image = _opened(data)
+    allow(image.height, image.width, max_pixels=max_pixels)
+    if (found := scans(data)) > MOST_SCANS:
+        raise Undecodable(f"has {found} scans, at most {MOST_SCANS} are allowed")
+    try:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # MPO: a camera's JPEG with a preview behind it
+            raise Undecodable(f"holds {frames} images (animated or several pages)")
+        image.load()
+    except (Undecodable, MemoryError):
+        raise
+    except Exception as error:
+        raise Undecodable(f"cannot be decoded wholly ({text(error)})") from error
+    return image
+
+
+def shape(data: bytes) -> tuple[int, int, int]:
+    """Height, width (turned), channels of what `pixels` will give, by the header. Undecodable as `open_image`."""
+    image = _opened(data)
+    allow(image.height, image.width)
+    sides = image.width, image.height
+    channels = 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
+    return (*(sides if orientation_of(image) >= LAID else sides[::-1]), channels)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """By its header, not decoded yet."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -39,29 +82,38 @@ def open_image(data: bytes, *, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise Undecodable(f"is too large: {error}") from None
     except Exception as error:
-        raise Undecodable(f"cannot be read ({_text(error)})") from error
-    if image.width * image.height > max_pixels:
-        raise Undecodable(f"has {image.height} x {image.width} pixels, at most {max_pixels:,} are allowed")
-    try:
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # MPO: a camera's JPEG with a preview behind it
-            raise Undecodable(f"holds {frames} images (animated or several pages)")
-        image.load()
-    except Undecodable:
-        raise
-    except Exception as error:
-        raise Undecodable(f"cannot be decoded wholly ({_text(error)})") from error
+        raise Undecodable(f"cannot be read ({text(error)})") from error
     return image
+
+
+def scans(data: bytes) -> int:
+    """Passes over the pixels that decoding a JPEG may take, or more; 1 of anything else. libjpeg reads one where all
+    channels come in the first, and else as many as there are."""
+    if data[:2] != b"\xff\xd8":
+        return 1
+    at, channels = 2, -1
+    while data[at : at + 1] == b"\xff" and at + 9 < len(data):
+        kind = data[at + 1]
+        if kind == FILL:
+            at += 1
+            continue
+        if kind in (0xC0, 0xC1):  # frames that are not progressive (ITU-T T.81, B.2.2)
+            channels = data[at + 9]
+        elif kind == 0xDA:
+            if data[at + 4] == channels:
+                return 1
+            break
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return data.count(b"\xff\xda")  # among pixels no ff is followed by da
 
 
 def orientation(data: bytes) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:
-        raise Undecodable(f"cannot be read ({_text(error)})") from error
-    return found if found in range(1, 9) else 1
+    with _opened(data) as image:
+        try:
+            return orientation_of(image)
+        except Exception as error:
+            raise Undecodable(f"cannot be read ({text(error)})") from error
 
 
 def pixels(
@@ -82,20 +134,23 @@ def pixels(
     if deep and image.mode == "RGB" and transparency is not None:
         raise Undecodable("is a 16-bit colour image with one transparent value, which is not supported")
     try:
-        turned = ImageOps.exif_transpose(image)
-        if orientation_of(image) != 1:
+        if orientation_of(image) != 1:  # first: it leaves EXIF alone to look at
             notes.append(TURNED)
+        turned = ImageOps.exif_transpose(image)
         found, more = _by_mode(turned, background=background, transparency=transparency, float_range=float_range)
-    except Undecodable:
+    except (Undecodable, MemoryError):
         raise
     except Exception as error:
-        raise Undecodable(f"cannot be converted from mode {image.mode} ({_text(error)})") from error
+        raise Undecodable(f"cannot be converted from mode {image.mode} ({text(error)})") from error
     if deep and REDUCED not in more:
         notes.append(REDUCED)
     return Converted(np.ascontiguousarray(found), (*notes, *more))
 
 
 def orientation_of(image: Image.Image) -> int:
+    """By EXIF alone, as the fast decoders and viewers do it."""
+    for name in _NO_EXIF:
+        image.info.pop(name, None)
     found = image.getexif().get(ExifTags.Base.Orientation, 1)
     return found if found in range(1, 9) else 1
 
@@ -161,22 +216,42 @@ def _bits(image: Image.Image, data: bytes) -> int:
     return 8
 
 
-def _text(error: Exception) -> str:
+def text(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+class Covering(NamedTuple):
+    """How an image is scaled until a size is just covered: `part` of it to `scaled`, of which `centre` is cut out."""
+
+    part: tuple[slice, slice]
+    scaled: tuple[int, int]
+    centre: tuple[slice, slice]
+
+
+def covering(sides: tuple[int, int], size: tuple[int, int]) -> Covering:
+    """sides, size: height, width. Of a strip only its middle is scaled: the whole of one of 60,000 x 1 would take 12 GB
+    at 256 x 256."""
+    scale = max(size[0] / sides[0], size[1] / sides[1])
+    height, width = (min(side, math.ceil(_WIDE * want / scale)) for side, want in zip(sides, size, strict=True))
+    scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    return Covering(_middle(sides, (height, width)), scaled, _middle(scaled, size))
+
+
+def _middle(sides: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
+    top, left = (sides[0] - size[0]) // 2, (sides[1] - size[1]) // 2
+    return slice(top, top + size[0]), slice(left, left + size[1])
 
 
 def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """Scales (Lanczos, antialiased) until `size` (height, width) is just covered, then crops the centre."""
-    height, width = image.shape[:2]
-    scale = max(size[0] / height, size[1] / width)
-    scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    if scaled != (height, width):
+    part, scaled, centre = covering((image.shape[0], image.shape[1]), size)
+    image = image[part]
+    if scaled != image.shape[:2]:
         grey = image.shape[2] == 1
         picture = Image.fromarray(image[..., 0] if grey else image)
         image = np.asarray(picture.resize((scaled[1], scaled[0]), Image.Resampling.LANCZOS))
         image = image[..., None] if grey else image
-    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    return np.ascontiguousarray(image[top : top + size[0], left : left + size[1]])
+    return np.ascontiguousarray(image[centre])
 
 
 def with_channels(image: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:

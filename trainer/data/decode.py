@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from trainer.data import convert
+from trainer.data import convert, exif
 from trainer.data.convert import Undecodable
 
 Pixels = NDArray[np.uint8]
@@ -22,8 +22,8 @@ _NPY_HEADER = re.compile(
     rb"\{'descr': '[|<>=]?u1', 'fortran_order': False, 'shape': \((\d{1,9}), (\d{1,9})(?:, ([13]))?,?\),? *\}\s*"
 )
 LONGEST_LABEL = 18  # digits: fits int64
-_EXIF = b"Exif\0\0"
-_ORIENTATION = 274  # EXIF 2.3, 4.6.4
+_JPEG = b"\xff\xd8"
+_PNG = b"\x89PNG\r\n\x1a\n"
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a bad image is named once, by us, with its key
 
 
@@ -41,11 +41,14 @@ def decode(
     if not data:
         raise Undecodable("is empty")
     header = _header(data, field)
-    if header is not None and header[0] * header[1] > max_pixels:
-        raise Undecodable(f"has {header[0]} x {header[1]} pixels, at most {max_pixels:,} are allowed")
-    image = fast(data, channels)
-    if image is None:
-        image = convert.pixels(convert.open_image(data, max_pixels=max_pixels), data, background=background).image
+    if header is not None:
+        convert.allow(*header[:2], max_pixels=max_pixels)
+    try:
+        image = fast(data, channels)
+        if image is None:
+            image = convert.pixels(convert.open_image(data, max_pixels=max_pixels), data, background=background).image
+    except (ValueError, ArithmeticError, LookupError, struct.error, cv2.error) as error:
+        raise Undecodable(f"cannot be decoded ({convert.text(error)})") from error
     if channels is not None and image.shape[2] != channels:
         if channels == 1:
             raise Undecodable("is a colour image where data.channels is 1")
@@ -53,15 +56,20 @@ def decode(
     return image
 
 
-def shape(data: bytes, field: str) -> tuple[int, int, int] | None:
-    """Height, width (as turned by EXIF), channels from the first bytes of an image; None where they do not say."""
+def shape(data: bytes, field: str, *, whole: bool = True) -> tuple[int, int, int] | None:
+    """Height, width (as turned by EXIF), channels of what `decode` gives, from the bytes of an image or (not `whole`)
+    its first ones; None where they do not say, or it is bad."""
     try:
         found = _header(data, field)
-        if found is not None and field.lower().endswith(("jpg", "jpeg")) and orientation(data) >= 5:
-            return found[1], found[0], found[2]  # 5 to 8 lie on their side (EXIF 2.3, tag 274)
+        if found is None:
+            return convert.shape(data) if whole else None
+        convert.allow(*found[:2])
+        if not whole and data[:2] != _JPEG and not field.lower().endswith("npy"):
+            return None  # in PNG and WebP the tag may stand last
+        height, width, channels = found
+        return (width, height, channels) if orientation(data) >= exif.LAID else found
     except Undecodable:
         return None
-    return found
 
 
 def _header(data: bytes, field: str) -> tuple[int, int, int] | None:
@@ -70,13 +78,13 @@ def _header(data: bytes, field: str) -> tuple[int, int, int] | None:
     kind = field.rpartition(".")[2].lower()
     if kind == "npy":
         return npy_header(data)[1]
-    if kind in ("jpg", "jpeg") and data[:2] == b"\xff\xd8":
+    if data[:2] == _JPEG:
         try:
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError as error:
             raise Undecodable(f"is no whole JPEG ({error})") from None
         return height, width, 1 if colour.upper() == "GRAY" else 3
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 33:
+    if data[:8] == _PNG and data[12:16] == b"IHDR" and len(data) >= 33:
         width, height = struct.unpack(">II", data[16:24])
         return height, width, 1 if data[25] in (0, 4) else 3
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
@@ -111,43 +119,25 @@ def npy_header(data: bytes) -> tuple[int, tuple[int, int, int]]:
     if found is None:
         raise Undecodable("is no .npy file of uint8 pixels (height, width, 1 or 3)")
     height, width, channels = (int(part or 1) for part in found.groups())
+    convert.allow(height, width)
     return end, (height, width, channels)
 
 
 def orientation(data: bytes) -> int:
-    """As the EXIF of a JPEG says, 1 to 8; 1 where there is none. Walks the few segments before the tables, where EXIF
-    has to stand (EXIF 2.3, 4.5.4). Undecodable: there is one that cannot be read."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and len(data) >= at + 4:
-        kind = data[at + 1]
-        if kind == 0xE1 and data[at + 4 : at + 10] == _EXIF:
-            found = _tiff_orientation(data, at + 10)
-            return convert.orientation(data) if found is None else found
-        if not (0xE0 <= kind <= 0xEF or kind == 0xFE):  # APP0 to APP15, comments
-            return 1
-        at += 2 + (data[at + 2] << 8 | data[at + 3])
-    return 1
-
-
-def _tiff_orientation(data: bytes, start: int) -> int | None:
-    """The tag of the first directory (TIFF 6.0, section 2); None where the directory is not as it should be."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[start : start + 4])
-    if order is None:
-        return None
-    try:
-        at = start + struct.unpack_from(f"{order}I", data, start + 4)[0]
-        (count,) = struct.unpack_from(f"{order}H", data, at)
-        for entry in range(at + 2, at + 2 + 12 * count, 12):
-            tag, kind, values, value = struct.unpack_from(f"{order}HHIH", data, entry)
-            if tag == _ORIENTATION:
-                return value if kind == 3 and values == 1 and 1 <= value <= 8 else None
-    except struct.error:
-        return None
-    return 1
+    """As the EXIF of a JPEG, PNG or WebP says, 1 to 8; 1 where there is none. Undecodable: there is one that cannot be
+    read."""
+    found: int | None = 1
+    if data[:2] == _JPEG:
+        found = exif.of_jpeg(data)
+    elif data[:8] == _PNG:
+        found = exif.of_png(data)
+    elif data[:4] == b"RIFF":
+        found = exif.of_webp(data)
+    return convert.orientation(data) if found is None else found
 
 
 def _jpeg(data: bytes, channels: int | None) -> Pixels | None:
-    if data[:2] != b"\xff\xd8" or orientation(data) != 1:
+    if data[:2] != _JPEG or orientation(data) != 1 or convert.scans(data) > convert.MOST_SCANS:
         return None
     try:
         colour = simplejpeg.decode_jpeg_header(data)[2].upper()
@@ -160,7 +150,7 @@ def _jpeg(data: bytes, channels: int | None) -> Pixels | None:
 
 
 def _png(data: bytes, channels: int | None) -> Pixels | None:
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33 or data[24] != 8 or data[25] not in (0, 2):
+    if data[:8] != _PNG or len(data) < 33 or data[24] != 8 or data[25] not in (0, 2):
         return None  # 16 bit, palettes, alpha
     kinds = _png_chunks(data)
     if kinds is None or not kinds.isdisjoint((b"tRNS", b"acTL", b"eXIf")):

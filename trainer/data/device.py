@@ -10,7 +10,9 @@ from torch import Tensor
 
 from trainer.data.batch import Batch, RawBatch
 from trainer.data.config import DataConfig, Fit
+from trainer.data.convert import covering
 from trainer.data.pixels import to_float, to_uint8
+from trainer.data.reader import Interrupted
 from trainer.errors import one_line
 from trainer.kernels import noise
 
@@ -68,13 +70,11 @@ class Transform:
 def cover(image: Tensor, size: tuple[int, int]) -> Tensor:
     """float (B, C, H, W) scaled (bicubic, a = -0.5, antialiased) until `size` (height, width) is just covered, and the
     centre cut out. The rule of `tandem data make --size`, whose filter is Lanczos."""
-    height, width = image.shape[2:]
-    scale = max(size[0] / height, size[1] / width)
-    scaled = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    if scaled != (height, width):
+    (rows, columns), scaled, centre = covering((image.shape[2], image.shape[3]), size)
+    image = image[:, :, rows, columns]
+    if scaled != image.shape[2:]:
         image = F.interpolate(image, size=scaled, mode="bicubic", antialias=True)
-    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    return image[:, :, top : top + size[0], left : left + size[1]]
+    return image[:, :, centre[0], centre[1]]
 
 
 def to_device(raw: RawBatch, *, device: torch.device | str, transform: Transform) -> Batch:
@@ -97,10 +97,13 @@ class Feed:
         self._event: torch.cuda.Event | None = None
 
     def fetch(self) -> None:
-        """Waits for the next batch of the stream, if there is one, and starts its copy."""
+        """Waits for the next batch of the stream, if there is one, and starts its copy. Without batch and fault it
+        comes back where the run is to end."""
         assert self._next is None
         try:
             raw = next(self._batches, None)
+        except Interrupted:
+            return
         except (ValueError, OSError) as error:
             self.fault = one_line(error)
             return

@@ -5,23 +5,26 @@ import os
 import random
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from trainer.data.cache import Cache, Changed, NoRoom, Part, Stopped, touch
+from trainer.data.cache import Cache, touch
 from trainer.data.config import RemoteConfig
+from trainer.data.growing import Changed, NoRoom, Part, Stopped
 from trainer.data.store import OpenShard, advise
 
 if TYPE_CHECKING:
     from trainer.data.index import Shard
 
 T = TypeVar("T")
-_LEAST = 64 << 10  # bytes that make a broken request count as a good one
+_LEAST = 64 << 10  # bytes that a request must bring in time, and that make a broken one count as a good one
 _LONGEST = 60.0  # s of a pause
 _STARTS = 60  # the first pause is this part of data.remote.timeout
 _SMALL = 256 << 20  # bytes of index.json or a table: a million shards, or six million samples of one
+_LOOK = 0.1  # s between looks for room
 _STEP = 16 << 20  # bytes of a file of unknown size for which room is made at a time
 
 
@@ -32,6 +35,24 @@ class TryAgain(Exception):
         """pause: seconds that the server asks for."""
         super().__init__(problem)
         self.pause = pause
+
+
+class Pace:
+    """The least that a request must bring: _LEAST bytes in each `timeout` seconds, until it is at its end. One byte now
+    and then would hold all ranks for as long as a server likes."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout, self._since, self._bytes = timeout, time.monotonic(), 0
+
+    def __call__(self, count: int) -> None:
+        """More bytes have come. TryAgain where they are too few."""
+        self._bytes += count
+        now = time.monotonic()
+        if now - self._since <= self._timeout:
+            return
+        if self._bytes < _LEAST:
+            raise TryAgain(f"gave {self._bytes:,} bytes in {self._timeout:g} s, fewer than {_LEAST:,}")
+        self._since, self._bytes = now, 0
 
 
 class Source(Protocol):
@@ -80,10 +101,14 @@ class Fetched:
         return sorted(self._retried(self.name, self._source.names))
 
     def open(self, shard: "Shard") -> OpenShard:
+        return self._open(shard, needed=True)
+
+    def _open(self, shard: "Shard", *, needed: bool) -> OpenShard:
+        """needed: now, so that what is only prepared makes way for it."""
         where = f"{self.name}/{shard.name}"
         while True:  # once, unless another process removes the file in this moment
             path, size = self._place(shard)
-            if found := self._cache.open(path, size, where) or self._fetch(shard, where):
+            if found := self._cache.open(path, size, where) or self._fetch(shard, where, needed=needed):
                 return found
 
     def prepare(self, shards: "Sequence[Shard]") -> None:
@@ -95,6 +120,11 @@ class Fetched:
             while len(self._threads) < min(self._config.ahead, len(self._waiting)) and not self._closed.is_set():
                 self._threads.append(threading.Thread(target=self._run, name="fetch", daemon=True))
                 self._threads[-1].start()
+
+    def progress(self, shard: "Shard") -> str:
+        path, size = self._place(shard)
+        found = self._cache.begun(path, size if shard.sha256 else None)
+        return f"{found:,} of {size:,} bytes" if shard.sha256 else f"{found:,} bytes"
 
     def close(self) -> None:
         """Does not wait for a request that stalls: its thread ends when the request does."""
@@ -110,7 +140,7 @@ class Fetched:
                     return
                 shard = self._waiting.popleft()
             try:
-                advise(self.open(shard).fd)
+                advise(self._open(shard, needed=False).fd)
             except (OSError, ValueError):
                 continue  # `open` tries again when the shard is needed, and says what is wrong
 
@@ -120,7 +150,7 @@ class Fetched:
             return self._unknown[shard.name]
         return self._cache.path(shard.name, shard.sha256), shard.bytes
 
-    def _fetch(self, shard: "Shard", where: str) -> OpenShard | None:
+    def _fetch(self, shard: "Shard", where: str, *, needed: bool) -> OpenShard | None:
         """None where another process or thread has fetched it meanwhile."""
         path, size = self._place(shard)
         part = self._claim(path, size if shard.sha256 else None)
@@ -132,9 +162,9 @@ class Fetched:
                     return None
                 part.restart()  # what another process left may be of another file
             if part.size is None:
-                part.grant = lambda wanted: self._room(part, wanted + _STEP)
+                part.grant = lambda wanted: self._room(part, wanted + _STEP, needed=needed)
             else:
-                self._room(part, part.size)
+                self._room(part, part.size, needed=needed)
             if self._differs(part, shard, where) and (problem := self._differs(part, shard, where)):
                 raise ValueError(
                     f"{where}: {problem}, and so it was when it was fetched again: it changed since its index was "
@@ -149,9 +179,19 @@ class Fetched:
         finally:
             part.close()
 
-    def _room(self, part: Part, size: int) -> int:
-        self._cache.make_room(part, size, keep=self._window)
-        return size
+    def _room(self, part: Part, size: int, *, needed: bool) -> int:
+        keep = self._window
+        while True:
+            try:
+                self._cache.make_room(part, size, keep=keep)
+            except NoRoom:
+                if not needed or (not keep and not self._cache.fetching(part)):
+                    raise
+                if not keep and self._closed.wait(_LOOK):  # files that are fetched now can go when they are whole
+                    raise Stopped from None
+                keep = frozenset()
+            else:
+                return size
 
     def _differs(self, part: Part, shard: "Shard", where: str) -> str | None:
         """Fetches what is missing; in what the whole differs from its index. It is then forgotten."""
@@ -219,8 +259,9 @@ class Fetched:
             except TryAgain as problem:
                 failed = 1 if done() - before >= _LEAST else failed + 1
                 if failed > self._config.retries:
+                    often = f", {failed} times in a row" if failed > 1 else ""
                     raise OSError(
-                        f"{where}: {problem}, {failed} times in a row; see whether the server can be reached, then "
+                        f"{where}: {problem}{often}; see whether the server can be reached, then "
                         "start again: what was fetched is kept"
                     ) from None
                 pause = min(self._config.timeout / _STARTS * 2 ** (failed - 1), _LONGEST)

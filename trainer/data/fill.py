@@ -61,6 +61,10 @@ class Fill:
                 real[at], label[at] = self._stand_in(int(real[at]), out[at : at + 1])
         return Filled(real, label)
 
+    def waiting(self) -> str:
+        """What keeps its threads, for a message."""
+        return self._open.waiting()
+
     def close(self) -> None:
         """Lets go of the open shards."""
         self._open.close()
@@ -105,6 +109,9 @@ class Fill:
                 except Undecodable as error:
                     self._quarantine.add(opened.start + int(number[i]), str(error))
                     bad.append(places[i])
+                except MemoryError as error:  # of this machine, not of the bytes: no reason to take another sample
+                    what = f"{self._where(opened, int(number[i]))}: there is no memory to decode it"
+                    raise ValueError(f"{what}; lower data.limits.megapixels or data.readers") from error
                 except Exception as error:
                     what = f"{self._where(opened, int(number[i]))}: {error or type(error).__name__}"
                     raise RuntimeError(what) from error

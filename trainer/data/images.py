@@ -67,7 +67,7 @@ class Images:
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
             if colour not in ("YCbCr", "RGB", "Gray") or (self.shape[2] == 1 and colour != "Gray"):
                 return False
-            if decode.orientation(data) != 1:
+            if decode.orientation(data) != 1 or convert.scans(data) > convert.MOST_SCANS:
                 return False
             if (height, width) == self._size:
                 simplejpeg.decode_jpeg(data, self._space, buffer=row)
@@ -144,6 +144,12 @@ def images_of(index: Index, config: DataConfig) -> Images:
         )
     found = f"{index.height} x {index.width}"
     stored = (index.height.low, index.width.low)
+    limit = int(config.limits.megapixels * 1e6)
+    if stored[0] * stored[1] > limit:
+        raise ValueError(
+            f"data.limits.megapixels: {config.limits.megapixels:g} allows no image of {where} ({found}, height x "
+            "width); raise it, or make the set again with `tandem data make folder SRC DEST --size N`"
+        )
     if stored != (index.height.high, index.width.high):
         if config.fit != "resize":
             raise ValueError(
@@ -151,7 +157,6 @@ def images_of(index: Index, config: DataConfig) -> Images:
                 "height x width); take data.fit=resize, which scales them as they are read, or make the set again "
                 "with `tandem data make folder SRC DEST --size N`"
             )
-        limit = int(config.limits.megapixels * 1e6)
         return Images((height, width, channels), background=config.background, limit=limit)
     if config.fit == "exact" and stored != (height, width):
         raise ValueError(

@@ -11,8 +11,9 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from trainer.data import tar
+from trainer.data.config import DataConfig
 from trainer.data.index import Index
-from trainer.data.store import OpenShard
+from trainer.data.store import OpenShard, is_folder
 
 KEPT = 64
 """Shards of a split that are open at a time; each takes two descriptors where it is mapped."""
@@ -64,6 +65,7 @@ class OpenShards:
         self._index = index
         self._kept: OrderedDict[int, Opened] = OrderedDict()
         self._lock = threading.Lock()
+        self._opening: list[int] = []
 
     def __call__(self, number: int) -> Opened:
         """Fetches the shard or waits for it where it is remote. Errors are the store's: they name it."""
@@ -72,7 +74,11 @@ class OpenShards:
             if found is not None:
                 self._kept.move_to_end(number)
                 return found
-        file = self._index.store(number).open(self._index.shards[number])  # no lock: it may wait for a network
+        self._opening.append(number)
+        try:
+            file = self._index.store(number).open(self._index.shards[number])  # no lock: it may wait for a network
+        finally:
+            self._opening.remove(number)
         found = Opened(self._index, number, file)
         with self._lock:
             found = self._kept.setdefault(number, found)
@@ -80,9 +86,30 @@ class OpenShards:
                 self._kept.popitem(last=False)
         return found
 
+    def waiting(self) -> str:
+        """For which shards the threads wait now, and what of them is there: for a message."""
+        said = []
+        for number in dict.fromkeys(self._opening.copy()):
+            store, shard = self._index.store(number), self._index.shards[number]
+            said.append(" ".join([f"{store.name}/{shard.name}", *([f"({p})"] if (p := store.progress(shard)) else [])]))
+        return ", ".join(said) or "bytes of open shards"
+
     def close(self) -> None:
         with self._lock:
             self._kept.clear()
+
+
+def allow_cache(index: Index, config: DataConfig, window: int) -> None:
+    """ValueError where the cache is too small for two windows, of `window` shards of each set, from afar."""
+    need = 0
+    for part in index.parts:
+        if not is_folder(part.path):
+            need += sum(sorted((shard.bytes for shard in part.contents.shards), reverse=True)[: 2 * window])
+    if need > config.remote.cache_gb * 1e9:
+        raise ValueError(
+            f"data.remote.cache_gb: {config.remote.cache_gb:g} cannot hold two windows of shards of "
+            f"{index.store(0).name}, which may have {need / 1e9:.4g} GB; raise it, or lower data.window"
+        )
 
 
 def prepare(index: Index, shards: NDArray[np.int64]) -> None:

@@ -73,7 +73,7 @@ class Order:
                 f"data.tail: drop leaves nothing of {self.samples:,} samples, as a batch is {batch:,}; "
                 "take a smaller batch, or tail: carry"
             )
-        self.seed, self.width = seed, window or len(self.sizes)
+        self.seed, self.width = seed, min(window or len(self.sizes), len(self.sizes))
         self._epochs: tuple[_Epoch, ...] = ()
         self._window: tuple[int, int, NDArray[np.int64]] | None = None
 

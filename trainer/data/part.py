@@ -15,7 +15,7 @@ from trainer.data import contents, touched
 from trainer.data.config import DataConfig
 from trainer.data.contents import Contents
 from trainer.data.scan import LABEL_FIELD, Wanted
-from trainer.data.store import Store, is_folder, open_store
+from trainer.data.store import Local, Store, is_folder, open_store
 from trainer.data.table import Rows, Shard, read_table, table_bytes, table_name
 
 UNFINISHED = ".unfinished"
@@ -199,6 +199,8 @@ def _agree(found: Contents, wanted: Wanted, name: str, path: str | Path) -> None
 
 
 def _exists(path: Path, split: str) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"data.path: {path} is a file; name the folder that holds train/ and test/")
     if not path.is_dir():
         raise ValueError(
             f"data.path: {path} does not exist; make it with `tandem data make fashion-mnist {path}` "
@@ -212,7 +214,7 @@ def _exists(path: Path, split: str) -> None:
             f"data.path: {path} has no {split} split (found: {', '.join(found) or 'nothing'}); "
             f"make it with `tandem data make`"
         )
-    if not (folder / contents.NAME).exists() and not any(folder.glob("*.tar")):
+    if not (folder / contents.NAME).exists() and not Local(folder).shards():
         packed = sorted(entry.name for entry in folder.iterdir() if re.search(r"\.(tar\.\w+|tgz|zip)$", entry.name))
         advice = f"unpack to plain .tar what is compressed, such as {packed[0]}" if packed else ""
         raise ValueError(

@@ -1,6 +1,7 @@
 """Shards that a program writes to its standard output: `pipe:PROGRAM ARGUMENT ... {name}`, started without a shell."""
 
 import os
+import re
 import selectors
 import shlex
 import signal
@@ -9,15 +10,22 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from trainer.data.cache import Part
-from trainer.data.fetched import TryAgain
-from trainer.data.remote import redacted
+from trainer.data.fetched import Pace, TryAgain
+from trainer.data.growing import Part
+from trainer.data.remote import redacted, refuse_secrets
 
 _READ = 1 << 20  # bytes at a time
 
 
+_SECRET = re.compile(
+    r"(?i)(?:token|secret|passw(?:or)?d|passwd|api[-_]?key|access[-_]?key|credentials?|signature|authorization|bearer)"
+)
+_PLACE = re.compile(r"(?i)file|path|dir|env|fd|name")
+
+
 class Program:
-    """The source behind a program. Its arguments may hold secrets and are in no message."""
+    """The source behind a program. The command stands in the run's config, checkpoints and board, so it must hold no
+    secret: what looks like one is refused. Its arguments are in no message."""
 
     def __init__(self, command: str, split: str, *, timeout: float) -> None:
         """command: words as a shell would split them; {name} becomes train/index.json, train/train-00000.tar ...
@@ -28,6 +36,8 @@ class Program:
             raise ValueError(f"data.path: pipe: is not a command ({error})") from None
         if not any("{name}" in word for word in self._words[1:]):
             raise ValueError("data.path: pipe: needs an argument with {name} in it, in whose place the file is named")
+        for word in self._words:
+            _refuse_secret(word)
         self._split, self._timeout = split, timeout
         self._program = Path(self._words[0]).name
         self.name = f"pipe:{self._program}:{split}"
@@ -66,7 +76,7 @@ class Program:
 
     def _read(self, process: "subprocess.Popen[bytes]", part: Part) -> None:
         assert process.stdout is not None
-        output = process.stdout.fileno()
+        output, pace = process.stdout.fileno(), Pace(self._timeout)
         with selectors.DefaultSelector() as selector:
             selector.register(output, selectors.EVENT_READ)
             while True:
@@ -75,6 +85,7 @@ class Program:
                 block = os.read(output, _READ)
                 if not block:
                     return
+                pace(len(block))
                 part.write(block)
 
     def _last(self, said: BinaryIO, argv: list[str]) -> str:
@@ -84,6 +95,20 @@ class Program:
         lines = said.read().decode("utf-8", "backslashreplace").split("\n")
         line = redacted(next((line.strip() for line in reversed(lines) if line.strip()), ""))
         for word in argv[1:]:
-            if len(word) > 5 and self._split not in word:
-                line = line.replace(word, "...")
+            for part in (word, *re.split("[=:]", word)):
+                if len(part) > 5 and " " not in part.strip() and self._split not in part:
+                    line = line.replace(part, "...")
         return f": {line[:200]}" if line else ""
+
+
+def _refuse_secret(word: str) -> None:
+    """ValueError for --token=..., "Authorization: ...", https://user:password@... and their like; a name of a file or a
+    variable that holds one is none."""
+    if "://" in word:
+        refuse_secrets(word)
+    found = _SECRET.search(word)
+    if found and not _PLACE.search(word[found.end() :].partition("=")[0]):
+        raise ValueError(
+            f"data.path: pipe: {found[0]} in an argument may be a secret, and the command stands in the run's config "
+            "and on its board; let the program read it from its environment or from a file"
+        )

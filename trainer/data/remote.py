@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from html import unescape
 from http import HTTPStatus
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from trainer.data.cache import Changed, NoRoom, Part, Stopped
-from trainer.data.fetched import TryAgain
+from trainer.data.fetched import Pace, TryAgain
+from trainer.data.growing import Changed, NoRoom, Part, Stopped
+from trainer.data.store import is_shard
 
 T = TypeVar("T")
 BLOCK = 16 << 20  # bytes of a request
@@ -28,6 +30,8 @@ _GIVEN = (
     "credentials are given to fsspec in its own ways (~/.config/fsspec/*.json, FSSPEC_ variables, ~/.netrc, ~/.aws)"
 )
 _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")  # RFC 9110, 14.4
+_LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
+_LISTING = 64 << 20  # bytes of a page of links: a million shards
 _PASSING = (408, 425, 429)  # statuses that may pass, and 5xx
 
 
@@ -65,6 +69,8 @@ class Remote:
         scheme = urlsplit(url).scheme.lower()
         if scheme in ("file", "local") or "::" in url:
             raise ValueError(f"data.path: {url}: name a folder of this machine without file://, and use no ::")
+        if scheme in _PACKAGES and not urlsplit(url).netloc:
+            raise ValueError(f"data.path: {url} names no host or bucket")
         self.name = self.key = f"{url.rstrip('/')}/{split}"
         self._timeout = timeout
         self._web = scheme in ("http", "https")
@@ -72,14 +78,17 @@ class Remote:
         self._fs, self._root = _connect(self.name, scheme)
 
     def names(self) -> list[str]:
-        # a listing on the web is a page of links, and a folder's page has a slash at its end
-        folder = f"{self._root}/" if self._web else self._root
         try:
-            found = self._call(self.name, self._fs.ls, folder, detail=False)
+            if self._web:
+                names = self._asked(
+                    self.name, lambda: _run(self._fs.loop, _links(self._fs, f"{self._root}/", self._timeout))
+                )
+            else:
+                found = self._call(self.name, self._fs.ls, self._root, detail=False)
+                names = {path.rpartition("/")[2] for path in found}
         except (FileNotFoundError, NotADirectoryError, NotImplementedError):
-            found = []
-        names = {(unquote(path) if self._web else path).rpartition("/")[2] for path in found}
-        shards = [name for name in names if name.endswith(".tar")]
+            names = set()
+        shards = [name for name in names if is_shard(name)]
         if not shards:
             raise ValueError(
                 f"data.path: {self.name} has no index.json and lists no .tar files; make an index with `tandem data "
@@ -159,20 +168,17 @@ def _connect(url: str, scheme: str) -> tuple[Any, str]:
 async def _get(fs: Any, url: str, part: Part, stop: int, timeout: float) -> bool:
     """Appends to `part` up to `stop` what comes, as it comes: a cut leaves what was there, and memory stays small
     where a server sends more than asked."""
-    from aiohttp import ClientTimeout
-
     start = part.bytes
-    options = {name: value for name, value in fs.kwargs.items() if name not in ("timeout", "headers")}
-    # identity: a range of a compressed answer would be one of other bytes
-    headers = fs.kwargs.get("headers", {}) | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    limit = ClientTimeout(total=None, connect=timeout, sock_connect=timeout, sock_read=timeout)
     session = await fs.set_session()
-    async with session.get(fs.encode_url(url), headers=headers, timeout=limit, **options) as answer:
+    asked = _asking(fs, timeout, Range=f"bytes={start}-{stop - 1}")
+    async with session.get(fs.encode_url(url), **asked) as answer:
         skip = _first(answer, part, start)
         if skip is None:
             return True
         ranged = answer.status == HTTPStatus.PARTIAL_CONTENT
+        pace = Pace(timeout)
         async for block in answer.content.iter_any():
+            pace(len(block))
             part.write(memoryview(block)[skip : skip + stop - part.bytes if ranged else None])
             skip = max(0, skip - len(block))
             if ranged and part.bytes == stop:
@@ -182,6 +188,41 @@ async def _get(fs: Any, url: str, part: Part, stop: int, timeout: float) -> bool
     if part.bytes == start:
         raise TryAgain(f"ended after {part.bytes:,} of {part.size:,} bytes")
     return part.bytes == part.size
+
+
+async def _links(fs: Any, url: str, timeout: float) -> set[str]:
+    """Names of what a folder's page on the web links to in that folder. Read by ourselves: it may have no end."""
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), **_asking(fs, timeout)) as answer:
+        if answer.status != HTTPStatus.OK:
+            raise _refused(answer)
+        page, pace = bytearray(), Pace(timeout)
+        async for block in answer.content.iter_any():
+            pace(len(block))
+            page += block
+            if len(page) > _LISTING:
+                raise NoRoom(f"{redacted(url)}: its list of files is larger than {_LISTING:,} bytes; make an index")
+        folder = urlsplit(str(answer.url))
+    linked = (
+        urlsplit(urljoin(folder.geturl(), unescape(link))) for link in _LINK.findall(page.decode("utf-8", "replace"))
+    )
+    paths = [link.path for link in linked if link.netloc == folder.netloc]
+    return {unquote(path.rpartition("/")[2]) for path in paths if f"{path.rpartition('/')[0]}/" == folder.path}
+
+
+def _asking(fs: Any, timeout: float, **headers: str) -> dict[str, Any]:
+    """Options of a request, beside what the user's configuration says."""
+    from aiohttp import ClientTimeout
+
+    options = {name: value for name, value in fs.kwargs.items() if name != "timeout"}
+    # identity: a range of a compressed answer would be one of other bytes
+    options["headers"] = options.get("headers", {}) | {"Accept-Encoding": "identity"} | headers
+    return options | {"timeout": ClientTimeout(total=None, connect=timeout, sock_connect=timeout, sock_read=timeout)}
+
+
+def _refused(answer: Any) -> _Answered:
+    pause = answer.headers.get("Retry-After", "")
+    return _Answered(answer.status, float(pause) if pause.isdecimal() else 0.0)
 
 
 def _first(answer: Any, part: Part, start: int) -> int | None:
@@ -198,8 +239,7 @@ def _first(answer: Any, part: Part, start: int) -> int | None:
             raise Changed(f"ends before byte {start:,}, its index says {part.size:,} bytes")
         return None
     if answer.status != HTTPStatus.OK:
-        pause = answer.headers.get("Retry-After", "")
-        raise _Answered(answer.status, float(pause) if pause.isdecimal() else 0.0)
+        raise _refused(answer)
     if answer.content_length is not None and "Content-Encoding" not in answer.headers:
         part.expect(answer.content_length)
     return start

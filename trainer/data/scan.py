@@ -40,7 +40,8 @@ class Wanted:
         for key, name in (("image", self.image), ("label", self.label.partition(":")[0])):
             if kind_of(name) in REFUSED:
                 raise ValueError(f"data.{key}: {name} is of a kind that is never read; name another field")
-        if ":" in self.label and kind_of(self.label.partition(":")[0]) != "json":
+        field, colon, key = self.label.partition(":")
+        if colon and not (kind_of(field) == "json" and key):
             raise ValueError(f"data.label: {self.label} is none of auto, FIELD, json:KEY")
 
     @classmethod
@@ -80,7 +81,7 @@ def scan(descriptor: int, where: str, wanted: Wanted, *, advance: Callable[[int]
     """
     digest = hashlib.sha256()
     passing = tar.Pass(descriptor, digest)
-    samples = _Samples(where, wanted, passing.at)
+    samples = _Samples(where, wanted, passing.at, lambda member: os.pread(descriptor, member.size, member.offset))
     told = 0
     total = os.fstat(descriptor).st_size
     try:
@@ -113,8 +114,9 @@ def scan(descriptor: int, where: str, wanted: Wanted, *, advance: Callable[[int]
 class _Samples:
     """Members to samples: `add` each in the order of the tar, then `end`."""
 
-    def __init__(self, where: str, wanted: Wanted, at: tar.At) -> None:
-        self.where, self.wanted, self.at = where, wanted, at
+    def __init__(self, where: str, wanted: Wanted, at: tar.At, all_of: Callable[[tar.Member], bytes]) -> None:
+        """at: of the pass, for the beginning of a member. all_of: a whole one, of any size."""
+        self.where, self.wanted, self.at, self.all_of = where, wanted, at, all_of
         self.rows: list[tuple[int, int, int, int, int, int, int]] = []
         self.fields: dict[str, int] = {}
         self.texts: dict[str, int] = {}
@@ -209,12 +211,14 @@ class _Samples:
 
     def _inspect(self, member: tar.Member) -> None:
         for length in HEADERS:
-            shape = decode.shape(self.at(member.offset, min(length, member.size)), member.field)
-            if shape is not None:
-                self.shapes.add(shape)
-                return
-            if member.size <= length:
-                return
+            whole = member.size <= length
+            shape = decode.shape(self.at(member.offset, min(length, member.size)), member.field, whole=whole)
+            if whole or shape is not None:
+                break
+        else:
+            shape = decode.shape(self.all_of(member), member.field)
+        if shape is not None:
+            self.shapes.add(shape)
 
     def _class_of(self, member: tar.Member) -> int:
         """The label as a number: of the class, or into `texts`."""

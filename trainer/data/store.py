@@ -6,6 +6,7 @@ This file knows folders; remote.py and pipe.py fetch whole shards into the folde
 import errno
 import os
 import re
+import stat
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ class Store(Protocol):
         """A small file such as index.json, on this machine. FileNotFoundError where the source has none."""
 
     def shards(self) -> list[str]:
-        """Names of the .tar files at the source, sorted: for building an index."""
+        """Names of the .tar files at the source but hidden ones, sorted: for building an index."""
 
     def open(self, shard: "Shard") -> OpenShard:
         """The shard, whole and verified; fetched or waited for where it is remote. An empty `shard.sha256` stands for
@@ -56,7 +57,11 @@ class Store(Protocol):
 
     def prepare(self, shards: "Sequence[Shard]") -> None:
         """Says that these shards are read next (those of the current window first), and returns at once: they are read
-        or fetched ahead. What fails then is raised by `open`. They stay on this machine until the next call."""
+        or fetched ahead. What fails then is raised by `open`. They stay on this machine until the next call, unless
+        `open` needs their room."""
+
+    def progress(self, shard: "Shard") -> str:
+        """How much of a shard that is waited for is there, for a message; empty where that cannot be told."""
 
     def close(self) -> None:
         """Ends the threads. Open shards stay open."""
@@ -87,6 +92,23 @@ def is_folder(path: str | Path) -> bool:
     return not (str(path).startswith(PIPE) or _URL.match(str(path)))
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file of a listing counts as a shard: as for a shell's *.tar, hidden ones such as macOS's ._0.tar do
+    not."""
+    return name.endswith(".tar") and not name.startswith(".")
+
+
+def open_file(path: Path) -> int:
+    """A descriptor for reading. ValueError for what is no file: opening a pipe would wait for a writer, for ever."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    kind = os.fstat(file).st_mode
+    if stat.S_ISREG(kind):
+        return file
+    os.close(file)
+    what = "a folder" if stat.S_ISDIR(kind) else "a pipe or a device"
+    raise ValueError(f"{path}: is {what}, no file; take it away, or rename it if it is no shard")
+
+
 class Local:
     """A folder of shards."""
 
@@ -101,12 +123,12 @@ class Local:
         return path
 
     def shards(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("*.tar"))
+        return sorted(entry.name for entry in os.scandir(self.folder) if is_shard(entry.name))
 
     def open(self, shard: "Shard") -> OpenShard:
         path = self.folder / shard.name
         try:
-            found = OpenShard(str(path), os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            found = OpenShard(str(path), open_file(path))
         except FileNotFoundError:
             raise ValueError(
                 f"{path}: is missing ({shard.samples:,} samples, {shard.bytes:,} bytes); copy it again"
@@ -120,6 +142,9 @@ class Local:
 
     def prepare(self, shards: "Sequence[Shard]") -> None:
         self._ahead.files([self.folder / shard.name for shard in shards])
+
+    def progress(self, shard: "Shard") -> str:
+        return ""
 
     def close(self) -> None:
         self._ahead.close()
@@ -155,8 +180,8 @@ class Readahead:
                 if self._closed or room <= 0:
                     break
                 try:
-                    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError:
+                    file = open_file(path)
+                except (OSError, ValueError):
                     continue  # `open` names it
                 try:
                     room -= advise(file)

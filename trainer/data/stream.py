@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 
 import numpy as np
 import webdataset
@@ -14,11 +15,13 @@ from trainer.data.config import DataConfig
 from trainer.data.images import images_of
 from trainer.data.mixture import order_of
 from trainer.data.modality import Modality
-from trainer.data.opened import prepare
+from trainer.data.opened import allow_cache, prepare
 from trainer.data.quarantine import Bad
 from trainer.data.reader import Reader
 from trainer.data.source import Evaluation, Request, Training
 
+LOOKS = 2
+"""Shards of an evaluation that are asked for at a time, beside the next one; fewer where data.window is."""
 Shards = Callable[[Request], NDArray[np.int64]]
 """Numbers of the shards that belong to a request."""
 
@@ -64,6 +67,10 @@ class Stream:
         self.waited = 0.0
         """Seconds that the consumer waited for batches, since the stream was made."""
         self._reader = Reader(self.index, config, modality)
+        window = len(self.index.shards) if config.window == "all" else config.window
+        self._config, self._window, self._looks = config, window, min(window, LOOKS)
+        if not self._reader.cached:
+            allow_cache(self.index, config, self._looks)
         self._told = 0  # bad samples that `news` has had
         # weak: an evaluation that its consumer leaves before the end takes its threads and batches with it
         self._open: weakref.WeakSet[Generator[RawBatch, None, None]] = weakref.WeakSet()
@@ -92,23 +99,32 @@ class Stream:
             return []
         return [self._reader.quarantine.bad(sample) for sample in found]
 
-    def batches(self, start: int) -> Iterator[RawBatch]:
-        """This rank's share of every global batch from position `start` (images seen) on; endless."""
+    def batches(self, start: int, *, stop: Callable[[], bool] = lambda: False) -> Iterator[RawBatch]:
+        """This rank's share of every global batch from position `start` (images seen) on; endless. stop: whether the
+        run is to end; then whoever waits for a batch gets Interrupted. ValueError: the cache cannot hold two
+        windows."""
         assert start >= 0
+        if not self._reader.cached:
+            allow_cache(self.index, self._config, self._window)
         return self._run(
             Training(self.order, start, self.batch, self.rank, self.world),
             here=lambda request: self.order.shards(int(request.position[0])),
             after=lambda request: self.order.following(int(request.position[0])),
+            stop=stop,
         )
 
     def evaluation(self, batch: int) -> Generator[RawBatch, None, None]:
         """Each sample once over all ranks, in the order of the shards; `batch` images a global batch, the same number
         of batches on every rank, padding and bad samples with weight 0. Close it where it is left before its end."""
         _share(batch, self.world)
+
+        def here(request: Request) -> NDArray[np.int64]:
+            return np.unique(self.index.shard_of(request.sample))[: self._looks]
+
         return self._run(
             Evaluation(self.samples, batch, self.rank, self.world),
-            here=lambda request: np.unique(self.index.shard_of(request.sample)),
-            after=lambda request: (self.index.shard_of(request.sample[-1:]) + 1) % len(self.index.shards),
+            here=here,
+            after=lambda request: (here(request)[-1:] + 1) % len(self.index.shards),
         )
 
     def first(self, count: int) -> RawBatch:
@@ -122,7 +138,14 @@ class Stream:
         for running in list(self._open):
             running.close()
 
-    def _run(self, source: Training | Evaluation, *, here: Shards, after: Shards) -> Generator[RawBatch, None, None]:
+    def _run(
+        self,
+        source: Training | Evaluation,
+        *,
+        here: Shards,
+        after: Shards,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Generator[RawBatch, None, None]:
         def prepared(requests: Iterator[Request]) -> Iterator[Request]:
             """Tells the stores of the shards of a window, and of the next, when its first request passes."""
             known = np.empty(0, np.int64)
@@ -132,7 +155,7 @@ class Stream:
                     prepare(self.index, np.concatenate([shards, after(request)]))
                 yield request
 
-        running = self._timed(webdataset.DataPipeline(source, prepared, self._reader))
+        running = self._timed(webdataset.DataPipeline(source, prepared, partial(self._reader, stop=stop)))
         self._open.add(running)
         return running
 

@@ -1,6 +1,7 @@
 """A shard's table, NAME.idx.npy beside NAME.tar: where each of its samples lies. numpy.load reads it too."""
 
 import hashlib
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,8 @@ Index.fields."""
 
 Rows = NDArray[np.void]
 HEADER = 256  # bytes before the rows, in a file
+LONGEST_NAME = 200  # bytes of a shard's, so that its table's and a fetched one's have room in the 255 of a file system
+_NAME = re.compile(r"[^./\x00-\x1f\x7f-\x9f\ud800-\udfff][^/\x00-\x1f\x7f-\x9f\ud800-\udfff]*\.tar")
 KEPT = 128 << 20  # bytes of tables that are held: 2.9 million samples
 
 
@@ -37,7 +40,7 @@ class Shard(NamedTuple):
     samples: int
     bytes: int
     sha256: str
-    """Of the whole file."""
+    """Of the whole file; empty while that is not known, as no index has been made yet."""
     table: str
     """sha256 of the file of its table."""
 
@@ -80,6 +83,15 @@ def merged(fields: Iterable[Sequence[str]]) -> tuple[str, ...]:
     if len(names) > 256:
         raise ValueError(f"{len(names)} names of image fields ({', '.join(names[:3])}, ...); name the images alike")
     return names
+
+
+def name_fault(name: str) -> str | None:
+    """Why no shard may be called so: it must be a plain, visible file of its folder, and steer no terminal."""
+    if not _NAME.fullmatch(name):
+        return f"{tar.shown(name):.60} is no name for a shard: plain text that ends in .tar, without a dot first"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"{name:.60}... is too long a name for a shard: at most {LONGEST_NAME} bytes"
+    return None
 
 
 def table_name(shard: str) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from tarfile import PAX_FORMAT, USTAR_FORMAT, TarInfo
 from typing import Any, NamedTuple
 
+from trainer.errors import shown as shown
+
 BLOCK = 512
 RECORD = 10_240  # tar(1) pads an archive to whole records
 LONGEST_HEADER = 1 << 20  # bytes of an extended header: names, no data
@@ -140,11 +142,6 @@ def _allow(name: str, kind: bytes, where: str, position: int) -> None:
         what = "an absolute name" if name.startswith("/") else ".. in its name"
         what = "control characters in its name" if _CONTROL.search(name) else what
         raise ValueError(f"{where}: {shown(name)} has {what}, at byte {position}; pack it again with plain names")
-
-
-def shown(name: str) -> str:
-    """A name for a message: what could steer a terminal is spelled out."""
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def _verify(header: bytes, where: str, position: int) -> None:
