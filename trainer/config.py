@@ -166,9 +166,9 @@ def parse(tree: dict[str, Any], overrides: list[str] = (), *, source: str) -> Co
     for key, kind in (("data", "shards"), ("parallel", "auto")):  # a union has no default of its own
         if isinstance(part := tree.get(key), dict):
             part.setdefault("kind", kind)
-    if isinstance(data := tree.get("data"), dict):
-        if data.get("allow_pipe") and {"data", "data.allow_pipe"} & set(given):
-            raise ValueError("command line: data.allow_pipe: must stand in the YAML file itself")
+    data = tree.get("data")
+    if isinstance(data, dict) and data.get("allow_pipe") and {"data", "data.allow_pipe"} & set(given):
+        raise ValueError("command line: data.allow_pipe: must stand in the YAML file itself")
     try:
         return _adapter().validate_json(config_yaml.to_json(tree), strict=True)
     except ValidationError as error:

@@ -99,7 +99,8 @@ def prepare(
 ) -> Any:
     """DeepSpeed's engine of a network and its optimiser."""
     accelerator: Accelerator = ranks.accelerator
-    plugin = _Plugin(hf_ds_config=zero_config.settings(config, name, clip=clip))
+    elements = sum(parameter.numel() for parameter in network.parameters())
+    plugin = _Plugin(hf_ds_config=zero_config.settings(config, name, clip=clip, elements=elements))
     plugin.set_mixed_precision("no")
     accelerator.state.deepspeed_plugins[name] = plugin
     accelerator.state.select_deepspeed_plugin(name)

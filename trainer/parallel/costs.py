@@ -12,7 +12,6 @@ from typing import Any
 from trainer.parallel import zero_config
 from trainer.parallel.config import DeepSpeedConfig, ParallelConfig
 
-BUCKET = 500_000_000  # DeepSpeed's own defaults, in elements
 PERSISTENT = 100_000
 LIVE = 1_000_000_000
 FLOAT = 4  # bytes of a master weight, a moment, a weight of the average
@@ -58,7 +57,7 @@ class Backend:
     width: int = 4
     """Bytes of a weight and of a gradient."""
     offload: bool = False
-    bucket: int = BUCKET
+    bucket: int = zero_config.BUCKET
     """Elements that are reduced at a time."""
     buckets: int = 1
     """2 where a bucket fills while the other is sent (overlap_comm of stages 1 and 2)."""
@@ -82,7 +81,7 @@ def backend(config: ParallelConfig, name: str, *, cpu: bool, stage: int | None =
         stage=stage,
         width=FLOAT if config.weights == "fp32" else 2,
         offload=config.offload == "cpu",
-        bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+        bucket=int(zero.get("reduce_bucket_size", zero_config.BUCKET)),
         buckets=2 if stage < 3 and zero.get("overlap_comm", False) else 1,
         persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
         live=int(min(zero.get("stage3_max_live_parameters", LIVE), zero.get("stage3_max_reuse_distance", LIVE))),
@@ -150,7 +149,7 @@ def memory(network: Network, backend: Backend, *, world: int) -> Memory:
         sent = FLOAT * size if world > 1 else 0
         copies = 2 * FLOAT * size if backend.cpu else 0  # contiguous copies of the gradients, and they in a row
         return Memory(FLOAT * size, FLOAT * size, states, average, sent, 0, copies, 0, False, 0, stage)
-    bucket = width * backend.bucket * backend.buckets
+    bucket = width * min(size, backend.bucket) * backend.buckets
     masters = FLOAT * share
     if stage == 3:
         share = sum(-(-n // world) for n in network.sizes)  # each is cut by itself

@@ -21,8 +21,15 @@ OURS = {
 """What the run's config decides, by which key; a file says the same, `auto` or nothing."""
 
 
-def settings(config: DeepSpeedConfig, network: str, *, clip: float | None) -> dict[str, Any]:
-    """DeepSpeed's configuration of a network. ValueError names the file and the key that contradicts the config."""
+BUCKET = 500_000_000
+"""DeepSpeed's default of reduce_bucket_size, in elements."""
+
+
+def settings(
+    config: DeepSpeedConfig, network: str, *, clip: float | None, elements: int | None = None
+) -> dict[str, Any]:
+    """DeepSpeed's configuration of a network of so many weights. ValueError names the file and the key that contradicts
+    the config."""
     found = {} if config.file is None else read(config.file)
     decided = {
         "gradient_clipping": clip or 0.0,
@@ -43,6 +50,8 @@ def settings(config: DeepSpeedConfig, network: str, *, clip: float | None) -> di
     zero = found.get("zero_optimization", {})
     offload = zero.pop("offload_optimizer", {}) | {"device": config.offload}
     zero.pop("offload_param", None)
+    if elements is not None:  # DeepSpeed allocates the whole bucket, however small the network is
+        zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", BUCKET)), elements)
     return found | {
         # Tandem cuts micro-batches itself and hands over gradients of the whole batch's mean
         "train_micro_batch_size_per_gpu": 1,
