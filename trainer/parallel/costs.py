@@ -12,7 +12,7 @@ from typing import Any
 from trainer.parallel import zero_config
 from trainer.parallel.config import DeepSpeedConfig, ParallelConfig
 
-PERSISTENT = 100_000
+PERSISTENT = 100_000  # DeepSpeed's own defaults, in elements
 LIVE = 1_000_000_000
 FLOAT = 4  # bytes of a master weight, a moment, a weight of the average
 
