@@ -163,9 +163,10 @@ def load(path: Path, overrides: list[str] = ()) -> Config:  # type: ignore[assig
 def parse(tree: dict[str, Any], overrides: list[str] = (), *, source: str) -> Config:  # type: ignore[assignment]
     """`load` of a tree that is already read; `source` is named in errors."""
     given = config_yaml.merge(tree, overrides)
-    for key, kind in (("data", "shards"), ("parallel", "auto")):  # a union has no default of its own
-        if isinstance(part := tree.get(key), dict):
-            part.setdefault("kind", kind)
+    method = tree.get("method")
+    for within, key, kind in ((tree, "data", "shards"), (tree, "parallel", "auto"), (method, "autoencoder", "conv")):
+        if isinstance(within, dict) and isinstance(part := within.get(key), dict):
+            part.setdefault("kind", kind)  # a union has no default of its own
     data = tree.get("data")
     if isinstance(data, dict) and data.get("allow_pipe") and {"data", "data.allow_pipe"} & set(given):
         raise ValueError("command line: data.allow_pipe: must stand in the YAML file itself")

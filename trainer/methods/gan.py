@@ -12,7 +12,6 @@ from trainer.data import Batch
 from trainer.losses.balance import Balance, BalanceConfig, Term
 from trainer.methods.critic import Critic, CriticConfig
 from trainer.networks import AnyDiscriminatorConfig, GeneratorConfig, GlobalDiscriminatorConfig, ImageShape
-from trainer.networks.autoencoder import latent_size
 from trainer.phase import Run
 
 
@@ -67,7 +66,7 @@ class GAN:
     # ------------------------------------------------------------------ what a trained model does
     @property
     def latent_size(self) -> tuple[int, ...]:
-        return latent_size(self.config.generator, self.image)
+        return self.config.generator.latent_size(self.image)
 
     def decode(self, networks: Mapping[str, nn.Module], z: Tensor) -> Tensor:
         """(B, *latent_size) -> images (B, C, H, W) in [-1, 1]."""

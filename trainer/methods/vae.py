@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from trainer import bounds, progress
@@ -12,8 +13,7 @@ from trainer.data import Batch
 from trainer.losses.balance import Balance, BalanceConfig, Term
 from trainer.losses.divergence import free_bits, kl, kl_per_dimension
 from trainer.losses.reconstruction import Bernoulli, Likelihood
-from trainer.networks import Autoencoder, AutoencoderConfig, ImageShape
-from trainer.networks.autoencoder import latent_size
+from trainer.networks import AnyAutoencoderConfig, Autoencoder, AutoencoderConfig, ImageShape
 from trainer.phase import Run
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ class VAEConfig:
 
     kind: Literal["vae"] = "vae"
     """Kingma and Welling 2014."""
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    autoencoder: Annotated[AnyAutoencoderConfig, Field(discriminator="kind")] = field(
+        default_factory=AutoencoderConfig
+    )
     """The network."""
     likelihood: Likelihood = field(default_factory=Bernoulli)
     """p(x|z)."""
@@ -104,7 +106,7 @@ class VAE:
     # ------------------------------------------------------------------ what a trained model does
     @property
     def latent_size(self) -> tuple[int, ...]:
-        return latent_size(self.config.autoencoder, self.image)
+        return self.config.autoencoder.latent_size(self.image)
 
     def decode(self, networks: Mapping[str, nn.Module], z: Tensor) -> Tensor:
         """(B, *latent_size) -> the likelihood's mean, images (B, C, H, W) in [-1, 1]."""

@@ -17,7 +17,13 @@ from trainer.losses.perceptual import AnyPerceptualConfig, NoPerceptualConfig
 from trainer.losses.reconstruction import Laplace, Likelihood
 from trainer.methods.critic import Critic, CriticConfig
 from trainer.methods.vae import VAE, KLConfig
-from trainer.networks import AnyDiscriminatorConfig, AutoencoderConfig, ImageShape, PatchDiscriminatorConfig
+from trainer.networks import (
+    AnyAutoencoderConfig,
+    AnyDiscriminatorConfig,
+    AutoencoderConfig,
+    ImageShape,
+    PatchDiscriminatorConfig,
+)
 from trainer.phase import Run
 
 
@@ -27,7 +33,9 @@ class VAEGANConfig:
 
     kind: Literal["vaegan"] = "vaegan"
     """Esser et al. 2021, Rombach et al. 2022."""
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    autoencoder: Annotated[AnyAutoencoderConfig, Field(discriminator="kind")] = field(
+        default_factory=AutoencoderConfig
+    )
     """The network that is kept."""
     discriminator: Annotated[AnyDiscriminatorConfig, Field(discriminator="kind")] = field(
         default_factory=PatchDiscriminatorConfig

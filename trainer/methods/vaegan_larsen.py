@@ -21,7 +21,6 @@ from trainer.networks import (
     ImageShape,
     reparameterize,
 )
-from trainer.networks.autoencoder import latent_size
 from trainer.phase import Run
 
 
@@ -129,7 +128,7 @@ class VAEGANLarsen:
     # ------------------------------------------------------------------ what a trained model does
     @property
     def latent_size(self) -> tuple[int, ...]:
-        return latent_size(self.config.encoder, self.image)
+        return self.config.encoder.latent_size(self.image)
 
     def decode(self, networks: Mapping[str, nn.Module], z: Tensor) -> Tensor:
         """(B, *latent_size) -> images (B, C, H, W) in [-1, 1]."""

@@ -9,12 +9,15 @@ from trainer.networks.discriminator import (
     PatchDiscriminatorConfig,
 )
 from trainer.networks.generator import Generator, GeneratorConfig
+from trainer.networks.kl_autoencoder import KLAutoencoderConfig
 from trainer.networks.shapes import ImageShape
 
+AnyAutoencoderConfig = AutoencoderConfig | KLAutoencoderConfig
 AnyDiscriminatorConfig = GlobalDiscriminatorConfig | PatchDiscriminatorConfig
 AnyDiscriminator = GlobalDiscriminator | PatchDiscriminator
 
 __all__ = [
+    "AnyAutoencoderConfig",
     "AnyDiscriminator",
     "AnyDiscriminatorConfig",
     "Autoencoder",
@@ -27,6 +30,7 @@ __all__ = [
     "GlobalDiscriminator",
     "GlobalDiscriminatorConfig",
     "ImageShape",
+    "KLAutoencoderConfig",
     "PatchDiscriminator",
     "PatchDiscriminatorConfig",
     "reparameterize",

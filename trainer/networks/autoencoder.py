@@ -7,13 +7,16 @@ Fashion-MNIST demo.
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainer.networks.blocks import Body, Norm, UpConv, full, posterior, reparameterize, rows, stage
 from trainer.networks.shapes import ImageShape, check_divisible
+
+if TYPE_CHECKING:
+    from trainer.networks.kl_autoencoder import KLDecoder, KLEncoder
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Pyramid:
         """ValueError naming size, factor and the nearest sizes that work where the strides do not divide the image."""
         check_divisible(image, factor=self.factor)
 
+    def latent_size(self, image: ImageShape) -> tuple[int, ...]:
+        """(z,) or (z, h, w)."""
+        if self.latent_shape == "vector":
+            return (self.latent,)
+        return (self.latent, image.height // self.factor, image.width // self.factor)
+
 
 @dataclass(frozen=True)
 class EncoderConfig(Pyramid):
@@ -68,7 +77,8 @@ class AutoencoderConfig(Pyramid):
 
     def build(self, *, image: ImageShape, parameters: int, learn_scale: bool = False) -> "Autoencoder":
         """`parameters`: channels that the likelihood needs; `learn_scale`: learns its log-scale too."""
-        return Autoencoder(self, image=image, parameters=parameters, learn_scale=learn_scale)
+        encoder, decoder = Encoder(self, image=image), Decoder(self, image=image, parameters=parameters)
+        return Autoencoder(encoder, decoder, learn_scale=learn_scale)
 
 
 class Encoder(nn.Module):
@@ -77,7 +87,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Pyramid, *, image: ImageShape) -> None:
         super().__init__()
         config.check(image)
-        self.latent_size = latent_size(config, image)
+        self.latent_size = config.latent_size(image)
         widths = [config.width * m for m in config.multipliers]
         layers: list[nn.Module] = []
         channels = image.channels
@@ -110,7 +120,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Pyramid, *, image: ImageShape, parameters: int) -> None:
         super().__init__()
         config.check(image)
-        self.latent_size = latent_size(config, image)
+        self.latent_size = config.latent_size(image)
         self.map = (image.height // config.factor, image.width // config.factor)
         widths = [config.width * m for m in reversed(config.multipliers)]
         self.channels = widths[0]
@@ -146,10 +156,9 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """Encoder, posterior sample and decoder in one pass, so that a data-parallel wrapper sees one forward a step."""
 
-    def __init__(self, config: Pyramid, *, image: ImageShape, parameters: int, learn_scale: bool) -> None:
+    def __init__(self, encoder: "Encoder | KLEncoder", decoder: "Decoder | KLDecoder", *, learn_scale: bool) -> None:
         super().__init__()
-        self.encoder = Encoder(config, image=image)
-        self.decoder = Decoder(config, image=image, parameters=parameters)
+        self.encoder, self.decoder = encoder, decoder
         self.latent_size = self.decoder.latent_size
         self.log_scale = nn.Parameter(torch.zeros(1)) if learn_scale else None
 
@@ -189,13 +198,6 @@ class Autoencoder(nn.Module):
         if self.log_scale is not None:
             out["log_scale"] = self.log_scale.repeat(len(z))  # a view would escape no_grad
         return out
-
-
-def latent_size(config: Pyramid, image: ImageShape) -> tuple[int, ...]:
-    """(z,) or (z, h, w)."""
-    if config.latent_shape == "vector":
-        return (config.latent,)
-    return (config.latent, image.height // config.factor, image.width // config.factor)
 
 
 def check_counts(width: int, multipliers: tuple[int, ...], blocks: int) -> None:

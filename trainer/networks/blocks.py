@@ -81,13 +81,14 @@ class Body(nn.Sequential):
         for layer in self:
             part.append(layer)
             if isinstance(layer, (Residual, nn.SiLU, nn.LeakyReLU)):
-                x = _recomputed(part, x)
+                x = recomputed(part, x)
                 part = []
         assert not part, "every stage ends with a block or an activation"
         return x
 
 
-def _recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
+def recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
+    """The layers one after the other; what they keep for the backward pass is x, and the rest is computed again there."""
     # with the weights of this forward: where penalties put others in their place (functional_call under stage 3), the
     # network's own are back when backward comes
     compiling = torch.compiler.is_compiling()
