@@ -29,6 +29,7 @@ VERBS = {
     "sample": Verb("tools.draw", "sample", "draw a grid of samples from a run"),
     "reconstruct": Verb("tools.draw", "reconstruct", "draw images beside their reconstructions by a run"),
     "interpolate": Verb("tools.draw", "interpolate", "draw walks between two latents of a run"),
+    "export": Verb("tools.export", "main", "write the autoencoder of a run as diffusers loads it"),
     "env": Verb("launch.env", "main", "print versions, devices, NCCL, SLURM and git state for a bug report"),
 }
 

@@ -59,5 +59,6 @@ def shipped(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "configs").symlink_to(ROOT / "configs")
     shutil.copytree(few, folder / "data" / "fashion-mnist")
     for config in sorted((ROOT / "configs").glob("*.yaml")):
-        starts.tandem(folder / "logs", "train", f"configs/{config.name}", *starts.SHORT, cwd=folder).ok()
+        overrides = (*starts.SHORT, *starts.small(config.name))
+        starts.tandem(folder / "logs", "train", f"configs/{config.name}", *overrides, cwd=folder).ok()
     return folder

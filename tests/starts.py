@@ -24,7 +24,32 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.starts_preload"])
 SHORT = ("images=640", "log.every=64", "log.evaluate_images=64", "log.evaluate_every=0", "checkpoint.every=320")
 """Overrides that make a run of a shipped config ten updates."""
+SMALL = {
+    "kl_f8_256": (
+        "batch=64",
+        "precision=fp32",
+        "data.path=data/fashion-mnist",
+        "data.size=16",
+        "data.channels=1",
+        "method.autoencoder.width=32",
+        "method.autoencoder.multipliers=[1, 1, 1, 1]",
+        "method.autoencoder.blocks=1",
+        "method.discriminator.width=8",
+        "method.discriminator.layers=1",
+        "method.discriminator_learns_from=128",
+        "method.adversarial_from=256",
+        "method.adversarial_ramp=128",
+        "optim.ema_half_life=128",
+    ),
+}
+"""Further ones, for shipped configs of networks and data that no test can have: the same parts, small, on the data that
+the tests have."""
 PATIENCE = 120.0  # seconds that a start may take before the test fails
+
+
+def small(config: str) -> tuple[str, ...]:
+    """What a shipped config, or the config of a run of one, needs so that a test can have it."""
+    return next((overrides for name, overrides in SMALL.items() if name in config), ())
 
 
 @dataclass

@@ -41,7 +41,8 @@ def test_a_shipped_config_trains_and_draws(name: str, shipped: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_config_passes_its_check_on_two_processes(name: str, shipped: Path, tmp_path: Path) -> None:
-    said = starts.tandem(tmp_path / "logs", "check", f"configs/{name}.yaml", "--processes", "2", cwd=shipped).ok()
+    words = ("check", f"configs/{name}.yaml", "--processes", "2", *starts.small(name))
+    said = starts.tandem(tmp_path / "logs", *words, cwd=shipped).ok()
     assert "2 ranks x 1 micro-batch of 32" in said.out
 
 

@@ -57,7 +57,8 @@ def forked(words: list[str], work: Path) -> None:
 
 def trained(words: list[str], work: Path) -> None:
     """`tandem train ...`, short; into the folder that the page names, so that the page's next command finds it."""
-    starts.tandem(work / "logs", *words[1:], *SHORT, "checkpoint.resume=auto", cwd=work).ok()
+    overrides = (*SHORT, *starts.small(words[2]), "checkpoint.resume=auto")
+    starts.tandem(work / "logs", *words[1:], *overrides, cwd=work).ok()
 
 
 def program(words: list[str], work: Path, *, code: int = 0) -> str:

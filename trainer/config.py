@@ -38,7 +38,8 @@ class CheckpointConfig:
     """auto: go on from the newest whole checkpoint of the run's folder, else begin. must: refuse to begin. never:
     refuse to go on. Or the path of a checkpoint: the run goes back to it, and newer ones are set aside."""
     init_from: Path | None = None
-    """Checkpoint or run whose weights a new run begins with (fine-tuning); optimiser and clock start afresh."""
+    """Checkpoint or run whose weights a new run begins with (fine-tuning), or a folder with an AutoencoderKL of
+    diffusers, for method.autoencoder.kind: kl; optimiser and clock start afresh."""
 
     def __post_init__(self) -> None:
         bounds.at_least(0, self, "every")

@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from trainer import checkpoint, config_yaml, resume
+from trainer import checkpoint, config_yaml, interchange, resume
 from trainer import config as configuration
+from trainer.build import image_shape
 from trainer.config import Config
 from trainer.data import Stream
 from trainer.health import NonFinite
+from trainer.networks import KLAutoencoderConfig
 from trainer.parallel.engine import Engine
 from trainer.parallel.ranks import Ranks
 from trainer.phase import Run
@@ -145,6 +148,9 @@ class Saver:
         return found.images
 
     def _initialise(self, source: Path) -> None:
+        if interchange.is_theirs(source):
+            self._initialise_from_diffusers(source)
+            return
         path = self.ranks.together(lambda: str(_newest(source)))
         found = checkpoint.load(Path(path))
         for name, engine in self.engines.items():
@@ -157,6 +163,33 @@ class Saver:
                 raise ValueError(f"checkpoint.init_from: {path}: {name}: {error}") from None
         if self.ranks.rank == 0:
             self.said.append(f"begins with the weights of {path}")
+
+    def _initialise_from_diffusers(self, source: Path) -> None:
+        """The autoencoder's weights; what diffusers' has no place for, and the discriminator, stay new."""
+        mine = getattr(self.config.method, "autoencoder", None)
+        if not isinstance(mine, KLAutoencoderConfig):
+            raise ValueError(
+                f"checkpoint.init_from: {source} is a model of diffusers; method.autoencoder.kind: kl begins with one"
+            )
+        engine, image = self.engines["autoencoder"], image_shape(self.config)
+        try:
+            weights, theirs = interchange.read(source, config=mine, image=image)
+            new = self._scales(engine)
+            engine.load({"": weights | new} | ({"ema": weights | new} if engine.averaged else {}))
+        except ValueError as error:
+            raise ValueError(f"checkpoint.init_from: {error}") from None
+        if self.ranks.rank == 0:
+            self.said.append(f"begins with the autoencoder of {source}, from diffusers")
+            scale = theirs.get("scaling_factor", mine.scaling_factor)
+            if scale != mine.scaling_factor:
+                self.said.append(
+                    f"its scaling_factor is {scale:g}, method.autoencoder.scaling_factor {mine.scaling_factor:g}"
+                )
+
+    @staticmethod
+    def _scales(engine: Engine) -> dict[str, Tensor]:
+        """A learned log-scale as it begins, 0."""
+        return {name: torch.zeros(engine.state[name].shape) for name in interchange.OURS if name in engine.state}
 
 
 def _newest(source: Path) -> Path:

@@ -64,9 +64,7 @@ class VAEConfig:
 
     kind: Literal["vae"] = "vae"
     """Kingma and Welling 2014."""
-    autoencoder: Annotated[AnyAutoencoderConfig, Field(discriminator="kind")] = field(
-        default_factory=AutoencoderConfig
-    )
+    autoencoder: Annotated[AnyAutoencoderConfig, Field(discriminator="kind")] = field(default_factory=AutoencoderConfig)
     """The network."""
     likelihood: Likelihood = field(default_factory=Bernoulli)
     """p(x|z)."""

@@ -33,9 +33,7 @@ class VAEGANConfig:
 
     kind: Literal["vaegan"] = "vaegan"
     """Esser et al. 2021, Rombach et al. 2022."""
-    autoencoder: Annotated[AnyAutoencoderConfig, Field(discriminator="kind")] = field(
-        default_factory=AutoencoderConfig
-    )
+    autoencoder: Annotated[AnyAutoencoderConfig, Field(discriminator="kind")] = field(default_factory=AutoencoderConfig)
     """The network that is kept."""
     discriminator: Annotated[AnyDiscriminatorConfig, Field(discriminator="kind")] = field(
         default_factory=PatchDiscriminatorConfig

@@ -88,7 +88,7 @@ class Body(nn.Sequential):
 
 
 def recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
-    """The layers one after the other; what they keep for the backward pass is x, and the rest is computed again there."""
+    """The layers one after the other; x alone is kept for the backward pass, and the rest is computed again there."""
     # with the weights of this forward: where penalties put others in their place (functional_call under stage 3), the
     # network's own are back when backward comes
     compiling = torch.compiler.is_compiling()

@@ -1,7 +1,7 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022), layer by layer the one that diffusers calls AutoencoderKL.
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022), layer by layer what diffusers calls AutoencoderKL.
 
-Multipliers (1, 2, 4) are its f4, (1, 2, 4, 4) its f8, (1, 1, 2, 2, 4) with attention at (16,) its f16. Weights have the
-names of diffusers' up to the few that trainer/interchange.py spells out.
+Multipliers (1, 2, 4) are its f4, (1, 2, 4, 4) its f8, (1, 1, 2, 2, 4) with attention at (16,) its f16. Weights have
+diffusers' names up to the few that trainer/interchange.py spells out.
 """
 
 from dataclasses import dataclass
@@ -221,16 +221,14 @@ class Attention(nn.Module):
         return out
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Conv2d):
     """A 3x3 convolution of stride 2, padded below and on the right only. (B, C, 2h, 2w) -> (B, C, h, w)."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        super().__init__(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(functional.pad(x, (0, 1, 0, 1)))
-        return out
+        return super().forward(functional.pad(x, (0, 1, 0, 1)))
 
 
 class GroupNormSiLU(nn.GroupNorm):
