@@ -216,6 +216,13 @@ def test_a_union_without_its_kind_asks_for_it(tmp_path: Path) -> None:
     assert all(kind in message for kind in METHODS)
 
 
+def test_an_autoencoder_that_names_no_kind_is_the_convolutional_one(minimal: Path) -> None:
+    assert load(minimal, ["method.autoencoder.width=8"]).method.autoencoder.kind == "conv"
+    assert load(minimal, ["method.autoencoder={kind: kl, latent: 8}"]).method.autoencoder.latent == 8
+    message = refused(lambda: load(minimal, ["method.autoencoder={kind: kl, latent_shape: map}"]))
+    assert "unknown key method.autoencoder.latent_shape; another kind of method.autoencoder has it" in message
+
+
 def test_a_nested_kind_is_named_with_its_whole_path(minimal: Path) -> None:
     message = refused(lambda: load(minimal, ["method.likelihood={kind: bernouli}"]))
     assert message.startswith("command line: method.likelihood.kind: no 'bernouli' here")

@@ -16,10 +16,12 @@ from trainer.networks import (
     GeneratorConfig,
     GlobalDiscriminatorConfig,
     ImageShape,
+    KLAutoencoderConfig,
     PatchDiscriminatorConfig,
 )
 
 FASHION = ImageShape(1, 28, 28)
+KL = KLAutoencoderConfig(width=32, multipliers=(1, 2, 1), blocks=1, attention=(2,))
 DISCRIMINATOR_CONFIGS: list[AnyDiscriminatorConfig] = [
     GlobalDiscriminatorConfig(),
     GlobalDiscriminatorConfig(norm="group", blocks=1),
@@ -190,6 +192,7 @@ def test_encoder_and_generator_stand_alone() -> None:
 
 ALL_BUILDS = {
     "autoencoder": lambda: AutoencoderConfig().build(image=FASHION, parameters=1, learn_scale=True),
+    "kl": lambda: KL.build(image=FASHION, parameters=1, learn_scale=True),
     "encoder": lambda: EncoderConfig().build(image=FASHION),
     "generator": lambda: GeneratorConfig().build(image=FASHION, parameters=1),
     "global": lambda: GlobalDiscriminatorConfig().build(image=FASHION),
@@ -202,6 +205,7 @@ def run(name: str, network: nn.Module, parameters: dict[str, Tensor] | None = No
     image = noise(2, *FASHION).to(dtype)
     inputs = {
         "autoencoder": (image, noise(2, 16).to(dtype), noise(2, 16).to(dtype)),
+        "kl": (image, noise(2, 4, 7, 7).to(dtype), noise(2, 4, 7, 7).to(dtype)),
         "generator": (noise(2, 32).to(dtype),),
     }
     arguments = inputs.get(name, (image,))

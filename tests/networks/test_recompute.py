@@ -20,6 +20,7 @@ from trainer.networks import (
     GeneratorConfig,
     GlobalDiscriminatorConfig,
     ImageShape,
+    KLAutoencoderConfig,
     PatchDiscriminatorConfig,
 )
 
@@ -48,7 +49,8 @@ def loss(network: Callable[..., Any], name: str) -> Tensor:
 
 def build(config: Any, *, recompute: bool) -> nn.Module:
     torch.manual_seed(0)
-    more = {} if not isinstance(config, (AutoencoderConfig, GeneratorConfig)) else {"parameters": 3}
+    decodes = isinstance(config, (AutoencoderConfig, GeneratorConfig, KLAutoencoderConfig))
+    more = {"parameters": 3} if decodes else {}
     network: nn.Module = dataclasses.replace(config, recompute=recompute).build(image=SHAPE, **more)
     return network.to(memory_format=torch.channels_last)
 
@@ -60,6 +62,7 @@ def taken(network: nn.Module, name: str) -> list[Tensor]:
 
 
 MAP = {"latent_shape": "map", "latent": 4}
+KL = {"width": 32, "multipliers": (1, 1, 1)}
 NETWORKS = st.one_of(
     st.tuples(
         st.sampled_from(["autoencoder", "generator", "encoder"]),
@@ -69,10 +72,19 @@ NETWORKS = st.one_of(
         st.just("global"),
         st.builds(dict, blocks=st.integers(0, 2), norm=st.sampled_from(["group", "none"]), width=st.just(4)),
     ),
+    st.tuples(
+        st.just("kl"),
+        st.builds(
+            lambda blocks, attention: {**KL, "blocks": blocks, "attention": attention},
+            blocks=st.integers(1, 2),
+            attention=st.sampled_from([(), (2,), (1, 4)]),
+        ),
+    ),
     st.tuples(st.just("patch"), st.builds(dict, layers=st.integers(1, 3), norm=st.sampled_from(["group", "none"]))),
 )
 KINDS: dict[str, Any] = {
     "autoencoder": AutoencoderConfig,
+    "kl": KLAutoencoderConfig,
     "generator": GeneratorConfig,
     "encoder": EncoderConfig,
     "global": GlobalDiscriminatorConfig,
@@ -84,8 +96,8 @@ KINDS: dict[str, Any] = {
 @settings(max_examples=25, deadline=None)
 def test_losses_and_gradients_are_bit_equal_through_penalties_too(drawn: tuple[str, dict[str, Any]]) -> None:
     kind, fields = drawn
-    name = kind if kind in ("autoencoder", "generator", "encoder") else "discriminator"
-    config = KINDS[kind](**fields, **(MAP if name != "discriminator" else {}))
+    name = {"kl": "autoencoder", "global": "discriminator", "patch": "discriminator"}.get(kind, kind)
+    config = KINDS[kind](**fields, **(MAP if kind == name else {}))
     kept, again = (taken(build(config, recompute=on), name) for on in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
@@ -107,11 +119,18 @@ def test_weights_that_stood_in_for_the_networks_own_are_those_of_its_backward() 
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize(("blocks", "share"), [(0, 0.75), (2, 0.4)])
-def test_less_is_kept_for_backward(blocks: int, share: float) -> None:
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (AutoencoderConfig(width=8, blocks=0, latent_shape="map", latent=4), 0.75),
+        (AutoencoderConfig(width=8, blocks=2, latent_shape="map", latent=4), 0.4),
+        (KLAutoencoderConfig(width=32, multipliers=(1, 1, 1)), 0.3),
+    ],
+)
+def test_less_is_kept_for_backward(config: Any, share: float) -> None:
     held = []
     for on in (False, True):
-        network = build(AutoencoderConfig(width=8, blocks=blocks, **MAP), recompute=on)  # type: ignore[arg-type]
+        network = build(config, recompute=on)
         own = {p.untyped_storage().data_ptr() for p in network.parameters()}
         kept: dict[int, int] = {}
 

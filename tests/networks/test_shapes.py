@@ -10,6 +10,7 @@ from trainer.networks import (
     GeneratorConfig,
     GlobalDiscriminatorConfig,
     ImageShape,
+    KLAutoencoderConfig,
     PatchDiscriminatorConfig,
 )
 
@@ -28,7 +29,7 @@ FACTOR_8, FACTOR_16 = (1, 1, 1, 1), (1, 1, 1, 1, 1)
         (5, 5, FACTOR_8, 8, "that work: 8 x 8"),
     ],
 )
-@pytest.mark.parametrize("config", [AutoencoderConfig, EncoderConfig, GeneratorConfig])
+@pytest.mark.parametrize("config", [AutoencoderConfig, EncoderConfig, GeneratorConfig, KLAutoencoderConfig])
 def test_a_size_that_the_strides_do_not_divide_is_refused_with_the_nearest_that_work(
     config: type, height: int, width: int, multipliers: tuple[int, ...], factor: int, nearest: str
 ) -> None:
@@ -87,6 +88,13 @@ def test_a_size_is_taken_exactly_when_the_factor_divides_it_and_the_advice_is_ta
         (GlobalDiscriminatorConfig, "multipliers", ()),
         (PatchDiscriminatorConfig, "width", 0),
         (PatchDiscriminatorConfig, "layers", 0),
+        (KLAutoencoderConfig, "width", 48),
+        (KLAutoencoderConfig, "multipliers", ()),
+        (KLAutoencoderConfig, "blocks", 0),
+        (KLAutoencoderConfig, "latent", 0),
+        (KLAutoencoderConfig, "attention", (16,)),
+        (KLAutoencoderConfig, "attention", (4, 3)),
+        (KLAutoencoderConfig, "scaling_factor", 0.0),
     ],
 )
 def test_a_number_that_builds_no_network_is_refused_by_its_field(config: type, field: str, value: object) -> None:
