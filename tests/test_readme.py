@@ -213,6 +213,8 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem train .*": trained,
     r"tandem (sample|reconstruct|interpolate)": lambda words, work: forked([*words, "runs/vaegan_fashion"], work),
     r"tandem (check|sample|reconstruct|interpolate) .*": forked,
+    r"tandem export RUN .*": lambda words, work: helped([*words[:2], "--help"], work),
+    r"tandem export .*": forked,
     r"tandem env( \[?--json\]?)?": lambda words, work: forked([word.strip("[]") for word in words], work),
     r"(accelerate launch|torchrun|python) .*-m trainer .*": launched,
     r"accelerate launch --cpu --num_processes 2": refused,
