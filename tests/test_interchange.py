@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from tests import starts
 from trainer import checkpoint, interchange
+from trainer.data import Stream
+from trainer.generate import load
 from trainer.networks import Autoencoder, ImageShape, KLAutoencoderConfig
 from trainer.networks.kl_autoencoder import KLEncoder
 
@@ -175,7 +177,7 @@ def test_a_run_is_exported_and_another_begins_with_it(shipped: Path, tmp_path: P
     run, folder = shipped / "runs" / "kl_f8_256", tmp_path / "vae"
     words = ("export", str(run), "--to", "diffusers", "--out", str(folder))
     said = starts.tandem(tmp_path / "logs", *words).ok()
-    assert "scaling_factor 0.18215" in said.out
+    assert "scaling_factor 0.18215, of the config, not measured" in said.out
     assert sorted(path.name for path in folder.iterdir()) == sorted([interchange.CONFIG, interchange.WEIGHTS])
     starts.tandem(tmp_path / "logs", *words).refused(f"{folder / interchange.CONFIG} is there already")
     starts.tandem(tmp_path / "logs", *words, "--overwrite").ok()
@@ -205,6 +207,21 @@ def test_a_run_is_exported_and_another_begins_with_it(shipped: Path, tmp_path: P
         tmp_path / "logs", *again, *more[:1], "method.autoencoder.latent=8", f"run={tmp_path / 'no'}"
     )
     refused.wait().refused("checkpoint.init_from", "latent_channels is 4, not 8")
+
+
+def test_the_scaling_factor_can_be_measured(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shipped)
+    words = ("export", "runs/kl_f8_256", "--to", "diffusers", "--out", str(tmp_path / "vae"), "--measure")
+    starts.tandem(tmp_path / "logs", *words, "0", cwd=shipped).refused("--measure: 0")
+    assert "measured on 40 images" in starts.tandem(tmp_path / "logs", *words, "40", cwd=shipped).ok().out
+    stream = Stream(load(Path("runs/kl_f8_256")).config.data, split="train", batch=1, rank=0, world=1, seed=0)
+    image = stream.first(40).data.permute(0, 3, 1, 2).float() / 127.5 - 1
+    stream.close()
+    network = theirs(tmp_path / "vae")
+    posterior = network.encode(image).latent_dist
+    deviation = (posterior.mean.var() + posterior.var.mean()).sqrt().item()
+    # of 640 draws against their expectation: a standard error of 1 / sqrt(2 x 640), 2.8%
+    assert 1 / network.config.scaling_factor == pytest.approx(deviation, rel=0.1)
 
 
 def test_what_diffusers_has_no_network_for_is_refused(shipped: Path, tmp_path: Path) -> None:

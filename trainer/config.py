@@ -150,6 +150,7 @@ RESUMABLE = (
     "data.path", "data.readers", "data.prefetch", "data.cache_mb", "data.verify", "data.remote", "data.limits",
     "data.max_bad_fraction", "data.allow_pipe", "method.autoencoder.recompute", "method.generator.recompute",
     "method.encoder.recompute", "method.decoder.recompute", "method.discriminator.recompute",
+    "method.autoencoder.scaling_factor",
 )  # fmt: skip
 """Keys that may differ when a run goes on; each difference is one line in the log."""
 
