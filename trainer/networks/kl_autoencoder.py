@@ -23,14 +23,14 @@ class KLAutoencoderConfig:
     """The KL autoencoder of latent diffusion; the defaults are its f8, 83.7 M parameters."""
 
     kind: Literal["kl"] = "kl"
-    """Rombach et al. 2022, appendix D.1."""
+    """Rombach et al. 2022."""
     width: int = 128
     """Channels at the image's resolution, a multiple of 32: each normalisation has 32 groups."""
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     """Channels at each resolution, from the image's to the latent's, as multiples of `width`; each but the first halves
     the size: three are f4, four f8, five f16."""
     latent: int = 4
-    """Channels of the latent: 3 for f4, 4 for f8, 16 for f16 (Rombach et al. 2022, table 8)."""
+    """Channels of the latent: 3 for f4, 4 for f8, 16 for f16 in Rombach et al. 2022."""
     blocks: int = 2
     """Residual blocks at each resolution of the encoder; the decoder has one more."""
     attention: tuple[int, ...] = ()
@@ -38,7 +38,7 @@ class KLAutoencoderConfig:
     middle, at the latent's resolution, there always is one."""
     scaling_factor: float = 0.18215
     """What a diffusion model multiplies latents by, 1 / their deviation over the set. Trains nothing; exported. 0.18215
-    is that of Stable Diffusion's f8 (Rombach et al. 2022, appendix G): measure your own."""
+    is that of Stable Diffusion's f8 and diffusers' default: `tandem export --measure` measures your own."""
     recompute: bool = False
     """Activation checkpointing (Chen et al. 2016): inside a block, activations are computed again in the backward pass
     instead of kept. Same numbers, less memory, up to a third more time."""
