@@ -73,8 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def measured(run: Trained, count: int) -> tuple[float, int]:
-    """1 / the deviation of posterior samples (Rombach et al. 2022, who take one batch), to six digits; images that there
-    were."""
+    """1 / the deviation of posterior samples, to six digits, and the number of images; LDM takes one batch."""
     if count < 1:
         raise ValueError(f"--measure: {count} images measure nothing; 1 or more")
     data = run.config.data
