@@ -89,13 +89,14 @@ def unconnected(error: RuntimeError, *, timeout: float) -> ValueError:
 
 
 def _place() -> Place | None:
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return None
     missing = [name for name in NEEDED if not os.environ.get(name)]
     if missing:
+        set_ = [name for name in ("RANK", "WORLD_SIZE") if name not in missing]
         raise ValueError(
-            f"{', '.join(missing)}: not set, but RANK and WORLD_SIZE are; start with `tandem train`, torchrun or "
-            "`accelerate launch`, which set all of them, or unset those two"
+            f"{', '.join(missing)}: not set, but {', '.join(set_)} {'is' if len(set_) == 1 else 'are'}; start with "
+            "`tandem train`, torchrun or `accelerate launch`, which set all of them, or unset RANK and WORLD_SIZE"
         )
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not 0 <= rank < world:
