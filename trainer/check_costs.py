@@ -45,8 +45,7 @@ def rows(
         "- optimizer": _each({name: part.optimizer for name, part in found.items()}),
         "- average": _each({name: part.average for name, part in found.items()}),
         "- activations": f"{_mb(activations)} MB",
-        "- buckets": _each({name: part.buckets for name, part in found.items()})
-        + _bucket(backends, networks),
+        "- buckets": _each({name: part.buckets for name, part in found.items()}) + _bucket(backends, networks),
         "- gathered": _each({name: part.gathered for name, part in found.items()}),
         "- copies": _each({name: max(part.copies, part.sending) for name, part in found.items()}),
         "- on the CPU": _each({name: part.host for name, part in found.items()}),

@@ -77,6 +77,7 @@ def _check(config: AutoConfig | DDPConfig | DeepSpeedConfig) -> None:
     if config.processes is not None and config.processes < 1:
         raise ValueError(f"processes: {config.processes} must be at least 1")
     bounds.above_zero(config, "timeout")
+    bounds.at_most(86_400, config, "timeout")  # a day
 
 
 ParallelConfig = Annotated[AutoConfig | DDPConfig | DeepSpeedConfig, Field(discriminator="kind")]

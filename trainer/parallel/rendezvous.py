@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from trainer.parallel import agreement
+from trainer.parallel.launcher import number
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PAUSE = 0.05  # seconds between looks into the store
@@ -98,10 +99,11 @@ def _place() -> Place | None:
             f"{', '.join(missing)}: not set, but {', '.join(set_)} {'is' if len(set_) == 1 else 'are'}; start with "
             "`tandem train`, torchrun or `accelerate launch`, which set all of them, or unset RANK and WORLD_SIZE"
         )
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world = number("RANK"), number("WORLD_SIZE", least=1)
+    number("LOCAL_RANK")  # Accelerate reads it
     if not 0 <= rank < world:
         raise ValueError(f"RANK: {rank} is no rank of WORLD_SIZE {world}; they count from 0 to {world - 1}")
-    return Place(rank, world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    return Place(rank, world, os.environ["MASTER_ADDR"], number("MASTER_PORT", least=1, most=65_535))
 
 
 # ---------------------------------------------------------------- the way to rank 0

@@ -134,10 +134,14 @@ def _refuse_the_ineffective(*, precision: str, clip: float | None, compiled: boo
             "mixed_precision: 'no' for the launcher, which leaves it to the config"
         )
     asked = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-    if asked not in ("auto", "none") and float(asked) != (clip or 0.0):
+    try:
+        wanted = 0.0 if asked in ("auto", "none") else float(asked)
+    except ValueError:
+        raise ValueError(f"ACCELERATE_GRADIENT_CLIPPING: {asked!r} is no number") from None
+    if asked not in ("auto", "none") and wanted != (clip or 0.0):
         raise ValueError(
             f"optim.clip: {'null' if clip is None else clip}, but the launcher asks for gradient_clipping: {asked}; "
-            f"write optim.clip={asked if float(asked) else 'null'}, or leave gradient_clipping out"
+            f"write optim.clip={asked if wanted else 'null'}, or leave gradient_clipping out"
         )
     asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if asked not in ("auto", "1"):
