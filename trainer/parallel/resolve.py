@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.parallel import zero_config
+from trainer.parallel import accelerated, zero_config
 from trainer.parallel.config import AutoConfig, DDPConfig, DeepSpeedConfig, ParallelConfig, Stage
 
 SAID = "ACCELERATE_DEEPSPEED_"
@@ -51,6 +51,7 @@ def resolve(
     if found.stages == {0}:
         said = "ZeRO stage 0 shares nothing out among the ranks: it runs as parallel.kind: ddp"
         return DDPConfig(processes=found.processes, timeout=found.timeout), [said]
+    accelerated.judge(found)
     zero_config.settings(found, "", clip=clip)  # what is wrong with the file is found before ranks meet
     return found, list(_notes())
 
