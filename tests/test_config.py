@@ -460,3 +460,21 @@ def test_overrides_without_a_file_say_what_comes_first() -> None:
     said: list[str] = []
     assert boundary(main, ["optim.lr=1"], report=said.append) == 2
     assert "a config file comes first" in said[0] and "\n" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["parallel.stage=0", "parallel.offload=cpu"], "parallel.offload: cpu needs ZeRO for both networks; stage: 0"),
+        (
+            ["precision=bf16", "parallel.weights=bf16", "parallel.discriminator=0"],
+            "parallel.weights: bf16 needs ZeRO for both networks; discriminator: 0",
+        ),
+        (["parallel.weights=bf16"], "parallel.weights: bf16 needs precision: bf16, not fp32"),
+        (["precision=fp16"], "precision: fp16 loses small gradients unless losses are scaled"),
+        (["compile=true", "parallel.stage=3"], "compile: true does not go with parallel.stage: 3"),
+        (["parallel.stage=4"], "parallel.stage: "),
+    ],
+)
+def test_what_does_not_go_together_under_deepspeed_is_refused(minimal: Path, words: list[str], said: str) -> None:
+    assert said in refused(lambda: load(minimal, ["parallel.kind=deepspeed", *words]))

@@ -204,7 +204,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem data make (emoji|faces-drawn|photos) .*": understood,
     r"tandem data (check|index|make|reshard|show|stats|verify)": lambda words, work: helped([*words, "--help"], work),
     r"tandem data (check|index|reshard|show|stats|verify) .*": forked,
-    r"tandem train": lambda words, work: helped([*words, "--help"], work),
+    r"tandem (train|check)": lambda words, work: helped([*words, "--help"], work),
     r"tandem train CONFIG \[.*": lambda words, work: trained(["tandem", "train", PLACEHOLDERS["CONFIG"]], work),
     r"tandem train config\.yaml": lambda words, work: trained(
         ["tandem", "train", "runs/vae_fashion/config.yaml", "run=runs/again"], work
@@ -219,7 +219,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"(accelerate launch|torchrun|python) .*-m trainer .*": launched,
     r"accelerate launch --cpu --num_processes 2": refused,
     r"python -X dev -m launch\.cli \.\.\.": lambda words, work: program([*words[:-1], "env"], work) and None,
-    r"python -m tools\.bench\.(train|parallel|precision|data (plan|read|wait)).*": benchmarked,
+    r"python -m tools\.bench\.(train|parallel|precision|memory|data (plan|read|wait)).*": benchmarked,
     r"python -m tests\.parallel\.table": rendered,
     r"python -m tools\.quality .*": measured,
     r"python -m tools\.soak\.data .*": soaked,

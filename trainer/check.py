@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         head, *rows = found.worlds
         table = Table(
             *head,
-            title="MB a rank: at the peak of an update, without activations / between / sent",
+            title=f"MB a rank: at the peak of an update, without activations / between / sent\n{found.share}",
             title_justify="left",
         )
         for row in rows:
@@ -86,6 +86,8 @@ class Found:
     """Name -> figure with its unit."""
     worlds: list[list[str]]
     """Memory and communication of every backend on other numbers of ranks, a row a backend below its heading."""
+    share: str
+    """What each of these ranks does: as many images as on the first number, so that the batch grows with the ranks."""
 
 
 def check(config: Config, *, world: int, worlds: Sequence[int] = ()) -> Found:
@@ -137,7 +139,8 @@ def check(config: Config, *, world: int, worlds: Sequence[int] = ()) -> Found:
         train.close()
         test.close()
         compared = check_costs.worlds(seen.networks, config.parallel, worlds, lazy=lazy, cpu=cpu) if worlds else []
-        return Found(rows, compared)
+        each = f"each with {share} images in {_count(micro_batches, 'micro-batch')}, as on {_count(world, 'rank')}"
+        return Found(rows, compared, each)
     finally:
         ranks.close()
 

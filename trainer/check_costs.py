@@ -45,7 +45,7 @@ def rows(
         "- optimizer": _each({name: part.optimizer for name, part in found.items()}),
         "- average": _each({name: part.average for name, part in found.items()}),
         "- activations": f"{_mb(activations)} MB",
-        "- buckets": _each({name: part.buckets for name, part in found.items()}) + _bucket(backends),
+        "- buckets": _each({name: part.buckets for name, part in found.items()}) + _bucket(backends, networks),
         "- gathered": _each({name: part.gathered for name, part in found.items()}),
         "- copies": _each({name: max(part.copies, part.sending) for name, part in found.items()}),
         "- on the CPU": _each({name: part.host for name, part in found.items()}),
@@ -99,8 +99,8 @@ def _total(networks: Mapping[str, Network], backends: Mapping[str, Backend], wor
     return total({name: memory(network, backends[name], world=world) for name, network in networks.items()})
 
 
-def _bucket(backends: Mapping[str, Backend]) -> str:
-    sizes = {found.bucket for found in backends.values() if found.stage}
+def _bucket(backends: Mapping[str, Backend], networks: Mapping[str, Network]) -> str:
+    sizes = {min(found.bucket, networks[name].size): None for name, found in backends.items() if found.stage}
     return f"; zero_optimization.reduce_bucket_size: {', '.join(f'{size:,}' for size in sizes)}" if sizes else ""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import starts
 from trainer.parallel import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,3 +121,24 @@ def test_the_first_host_of_slurms_list(listed: str, host: str) -> None:
 def test_the_tasks_of_a_machine_from_slurms_list(node: str, tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NODEID", node)
     assert launcher._tasks_here("2(x3),1") == tasks
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "abc"),
+        ("WORLD_SIZE", "0"),
+        ("RANK", "x"),
+        ("LOCAL_RANK", "-1"),
+        ("MASTER_PORT", "99999"),
+        ("MASTER_PORT", "٣"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "abc"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name: str, value: str, few: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, few)
+    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true"} if name.startswith("ACCELERATE") else {}
+    starts.each(tmp_path / "logs", ([str(config)], given | deepspeed | {name: value})).wait().refused(
+        f"{name}: {value!r}"
+    )

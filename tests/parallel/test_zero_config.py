@@ -1,6 +1,7 @@
 """What DeepSpeed is told: the config's decisions over the user's own JSON."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tests.starts import ROOT
 from trainer.parallel import zero_config
 from trainer.parallel.config import DeepSpeedConfig
+from trainer.parallel.resolve import resolve
 
 SHIPPED = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 
@@ -83,7 +85,7 @@ def test_what_contradicts_the_config_is_refused_by_file_and_key(
 ) -> None:
     path = written(tmp_path, **tree)
     with pytest.raises(ValueError) as refused:
-        zero_config.settings(DeepSpeedConfig(stage=2, file=path), "generator", clip=0.5)
+        zero_config.settings(DeepSpeedConfig(stage=2, file=path), "", clip=0.5)
     assert all(word in str(refused.value) for word in [f"parallel.file: {path}: ", *words]), refused.value
 
 
@@ -95,3 +97,39 @@ def test_a_file_that_is_no_json_is_refused_by_name(text: str | None, said: str, 
     with pytest.raises(ValueError, match=f"parallel.file: {path}: .*") as refused:
         zero_config.read(path)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({"no_such_key": 1}, "no_such_key: no such key"),
+        ({"zero_optimisation": {}}, "did you mean zero_optimization?"),
+        ({"zero_optimization": {"reduce_bucket": 1}}, "did you mean zero_optimization.reduce_bucket_size?"),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, "zero_optimization.reduce_bucket_size: "),
+        ({"zero_optimization": {"stage3_max_live_parameters": -1}}, "zero_optimization.stage3_max_live_parameters: "),
+    ],
+)
+def test_what_deepspeed_does_not_take_is_named_before_ranks_meet(
+    held: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path, **held)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        resolve(DeepSpeedConfig(file=path), precision="fp32", clip=None, compiled=False)
+    assert str(error.value).startswith(f"parallel.file: {path}: ") and "\n" not in str(error.value)
+
+
+def test_what_is_left_to_the_reader_is_deepspeeds_default(tmp_path: Path) -> None:
+    path = written(tmp_path, zero_optimization={"reduce_bucket_size": "auto", "overlap_comm": "auto"})
+    config = DeepSpeedConfig(file=path)
+    resolve(config, precision="fp32", clip=None, compiled=False)
+    found = zero_config.settings(config, "generator", clip=None, elements=10**9)["zero_optimization"]
+    assert found == {"stage": 2, "reduce_bucket_size": zero_config.BUCKET}
+
+
+def test_one_clipping_of_the_file_goes_with_two_of_the_config(tmp_path: Path) -> None:
+    """It is compared with optim.clip; the discriminator may have its own."""
+    config = DeepSpeedConfig(file=written(tmp_path, gradient_clipping=1.0))
+    resolve(config, precision="fp32", clip=1.0, compiled=False)
+    assert zero_config.settings(config, "discriminator", clip=0.5)["gradient_clipping"] == 0.5
+    with pytest.raises(ValueError, match=r"gradient_clipping: 1\.0, but that is set by optim\.clip, 0\.0 here"):
+        resolve(config, precision="fp32", clip=None, compiled=False)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from pydantic import ValidationError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,29 +52,55 @@ def start(config: ParallelConfig) -> Accelerator:
 
 
 def _with_deepspeed() -> Accelerator:
-    if importlib.util.find_spec("deepspeed") is None:
+    deepspeed = _load()
+    if deepspeed is None:
         raise ValueError("parallel.kind: deepspeed is not installed; pip install 'tandem[deepspeed]', or take ddp")
     cuda = torch.cuda.is_available()
-    _environment(cuda)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # it calls torch's collectives by their old names, and torch says so on every rank
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not cuda:  # an optimisation of gloo on one machine, which takes minutes and a compiler to build
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")
     first = _Plugin(hf_ds_config=zero_config.settings(DeepSpeedConfig(), "", clip=None))
+    _variables(cuda)
     return Accelerator(
         deepspeed_plugins={"": first}, mixed_precision="no", dynamo_backend="no", kwargs_handlers=[backend]
     )
 
 
-def _environment(cuda: bool) -> None:
+def _load() -> Any:
+    """The package, which says little from here on; None where it is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return None
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # it calls torch's collectives by their old names, and torch says so on every rank
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    return deepspeed
+
+
+def judge(config: DeepSpeedConfig) -> None:
+    """ValueError, naming file and key, for what DeepSpeed will not take of the user's own settings."""
+    if config.file is None or _load() is None:
+        return
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    held = zero_config.read(config.file).get("zero_optimization", {})
+    fields = DeepSpeedZeroConfig.model_fields
+    zero_config.known(config.file, held, {*fields, *(field.alias for field in fields.values())}, "zero_optimization.")
+    try:
+        DeepSpeedZeroConfig(**held)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise ValueError(f"parallel.file: {config.file}: {key}: {first['msg']}, not {first['input']!r}") from None
+
+
+def _variables(cuda: bool) -> None:
     """What Accelerate and DeepSpeed read, where no launcher has set it."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.pop("ACCELERATE_USE_CPU", None)  # which excludes DeepSpeed; without a GPU it is the CPU anyway
     if "RANK" not in os.environ:  # one process: a world of its own
         with socket.socket() as probe:

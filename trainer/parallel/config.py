@@ -64,6 +64,10 @@ class DeepSpeedConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        for name, value, idle in (("weights", self.weights, "fp32"), ("offload", self.offload, "none")):
+            if 0 in self.stages and value != idle:
+                key = "stage" if self.stage == 0 else "discriminator"
+                raise ValueError(f"{name}: {value} needs ZeRO for both networks; {key}: 0 is ddp, take 1, 2 or 3")
 
     @property
     def stages(self) -> set[int]:
@@ -77,6 +81,7 @@ def _check(config: AutoConfig | DDPConfig | DeepSpeedConfig) -> None:
     if config.processes is not None and config.processes < 1:
         raise ValueError(f"processes: {config.processes} must be at least 1")
     bounds.above_zero(config, "timeout")
+    bounds.at_most(86_400, config, "timeout")  # a day
 
 
 ParallelConfig = Annotated[AutoConfig | DDPConfig | DeepSpeedConfig, Field(discriminator="kind")]

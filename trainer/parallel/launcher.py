@@ -12,14 +12,22 @@ from pathlib import Path
 import yaml
 
 
+def number(name: str, *, least: int = 0, most: int = 2**31 - 1) -> int:
+    """An environment variable as a number. ValueError with its name where it is none, or out of bounds."""
+    text = os.environ[name]
+    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
+        raise ValueError(f"{name}: {text!r} is no number from {least} to {most}; it is set by whoever starts the ranks")
+    return int(text)
+
+
 def asked_processes() -> tuple[int, str] | None:
     """(processes, by whom) as the launcher was told, or None where nobody said."""
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        return int(os.environ["WORLD_SIZE"]), "WORLD_SIZE"
+        return number("WORLD_SIZE", least=1), "WORLD_SIZE"
     accelerate = _accelerate_parent(_command_line(os.getppid()))
     if accelerate is not None:
         return accelerate
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    tasks = number("SLURM_STEP_NUM_TASKS", least=1) if "SLURM_STEP_NUM_TASKS" in os.environ else 1
     return (tasks, "srun (SLURM_STEP_NUM_TASKS)") if tasks > 1 else None
 
 
@@ -35,7 +43,7 @@ def take_srun() -> None:
             f"{', '.join(missing)}: not set, but SLURM_STEP_NUM_TASKS is {tasks}; start with `srun python -m trainer "
             "CONFIG`, or unset SLURM_STEP_NUM_TASKS for a process of its own"
         )
-    job, step = int(os.environ["SLURM_JOB_ID"]), os.environ.get("SLURM_STEP_ID", "0")
+    job, step = number("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID", "0")
     port = 20_000 + (job * 16 + (int(step) if step.isdigit() else 0)) % 10_000  # below the ports given out by Linux
     found = {
         "RANK": os.environ["SLURM_PROCID"],

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from trainer.parallel import agreement
+from trainer.parallel.launcher import number
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PAUSE = 0.05  # seconds between looks into the store
@@ -89,18 +90,20 @@ def unconnected(error: RuntimeError, *, timeout: float) -> ValueError:
 
 
 def _place() -> Place | None:
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return None
     missing = [name for name in NEEDED if not os.environ.get(name)]
     if missing:
+        set_ = [name for name in ("RANK", "WORLD_SIZE") if name not in missing]
         raise ValueError(
-            f"{', '.join(missing)}: not set, but RANK and WORLD_SIZE are; start with `tandem train`, torchrun or "
-            "`accelerate launch`, which set all of them, or unset those two"
+            f"{', '.join(missing)}: not set, but {', '.join(set_)} {'is' if len(set_) == 1 else 'are'}; start with "
+            "`tandem train`, torchrun or `accelerate launch`, which set all of them, or unset RANK and WORLD_SIZE"
         )
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world = number("RANK"), number("WORLD_SIZE", least=1)
+    number("LOCAL_RANK")  # Accelerate reads it
     if not 0 <= rank < world:
         raise ValueError(f"RANK: {rank} is no rank of WORLD_SIZE {world}; they count from 0 to {world - 1}")
-    return Place(rank, world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    return Place(rank, world, os.environ["MASTER_ADDR"], number("MASTER_PORT", least=1, most=65_535))
 
 
 # ---------------------------------------------------------------- the way to rank 0

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.parallel import zero_config
+from trainer.parallel import accelerated, zero_config
 from trainer.parallel.config import AutoConfig, DDPConfig, DeepSpeedConfig, ParallelConfig, Stage
 
 SAID = "ACCELERATE_DEEPSPEED_"
@@ -51,6 +51,7 @@ def resolve(
     if found.stages == {0}:
         said = "ZeRO stage 0 shares nothing out among the ranks: it runs as parallel.kind: ddp"
         return DDPConfig(processes=found.processes, timeout=found.timeout), [said]
+    accelerated.judge(found)
     zero_config.settings(found, "", clip=clip)  # what is wrong with the file is found before ranks meet
     return found, list(_notes())
 
@@ -134,10 +135,14 @@ def _refuse_the_ineffective(*, precision: str, clip: float | None, compiled: boo
             "mixed_precision: 'no' for the launcher, which leaves it to the config"
         )
     asked = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-    if asked not in ("auto", "none") and float(asked) != (clip or 0.0):
+    try:
+        wanted = 0.0 if asked in ("auto", "none") else float(asked)
+    except ValueError:
+        raise ValueError(f"ACCELERATE_GRADIENT_CLIPPING: {asked!r} is no number") from None
+    if asked not in ("auto", "none") and wanted != (clip or 0.0):
         raise ValueError(
             f"optim.clip: {'null' if clip is None else clip}, but the launcher asks for gradient_clipping: {asked}; "
-            f"write optim.clip={asked if float(asked) else 'null'}, or leave gradient_clipping out"
+            f"write optim.clip={asked if wanted else 'null'}, or leave gradient_clipping out"
         )
     asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if asked not in ("auto", "1"):

@@ -1,6 +1,8 @@
 """DeepSpeed's settings for one network: from the config, over the user's own JSON."""
 
+import difflib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,13 @@ OURS = {
 """What the run's config decides, by which key; a file says the same, `auto` or nothing."""
 
 
+KNOWN = frozenset({
+    *(key.partition(".")[0] for key in OURS),
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "data_types",
+    "prescale_gradients", "gradient_predivide_factor", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
+    "dump_state", "comms_logger", "flops_profiler", "aio",
+})  # fmt: skip
+"""Keys of DeepSpeed's that mean something here."""
 BUCKET = 500_000_000
 """DeepSpeed's default of reduce_bucket_size, in elements."""
 
@@ -39,6 +48,8 @@ def settings(
         "zero_optimization.offload_optimizer.device": config.offload,
         "zero_optimization.offload_param.device": "none",
     }
+    if network:  # the launcher's and the file's one clipping was compared with optim.clip when the backend was chosen
+        _take(found, "gradient_clipping", config.file)
     for key, ours in OURS.items():
         held = _take(found, key, config.file)
         if held != "auto" and (key not in decided or held != decided[key]):
@@ -76,9 +87,29 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"parallel.file: {path}: {reason}") from None
     if not isinstance(found, dict):
         raise ValueError(f"parallel.file: {path}: is no JSON object")
+    known(path, found, KNOWN)
     for key in OURS:
         _take(dict(found), key, path, take=False)
-    return found
+    return _without_auto(found)
+
+
+def known(path: Path, found: Collection[str], keys: Collection[str | None], prefix: str = "") -> None:
+    """ValueError for a key that is none of `keys`: DeepSpeed would pass over it without a word."""
+    words = sorted(filter(None, keys))
+    for key in found:
+        if key not in words:
+            nearest = difflib.get_close_matches(key, words, n=1, cutoff=0.5)
+            hint = f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
+            raise ValueError(f"parallel.file: {path}: {prefix}{key}: no such key{hint}")
+
+
+def _without_auto(found: dict[str, Any]) -> dict[str, Any]:
+    """What is left to whoever reads the file takes DeepSpeed's default."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in found.items()
+        if value != "auto"
+    }
 
 
 def _take(held: dict[str, Any], key: str, path: Path | None, *, take: bool = True) -> Any:
