@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from launch.failures import Failure, write_failure
-from trainer.errors import INTERRUPTED, boundary
+from trainer.errors import INTERRUPTED, boundary, leave
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -56,10 +56,8 @@ def main(argv: list[str]) -> int:
     if said:
         failure = Failure(rank=int(os.environ["RANK"]), code=code, text="\n".join(said), time=time.monotonic())
         write_failure(Path(os.environ["TANDEM_FAILURES"]), failure)
-        sys.stdout.flush()
-        os._exit(code)  # a process group that the exception left open may wait for its peers for minutes
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))  # nor does a process group that an exception left open wait for its peers for minutes

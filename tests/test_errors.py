@@ -90,3 +90,10 @@ def test_a_failure_of_the_system_without_a_name_gets_one(
 
     assert boundary(main, []) == 2
     assert capsys.readouterr().err == f"tandem: error: {line}\n"
+
+
+def test_a_rank_leaves_with_its_code_and_all_that_it_said() -> None:
+    script = "import atexit; from trainer.errors import leave; atexit.register(print, 'torn down');"
+    script += "print('said', end=''); leave(3)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "said", "")

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from trainer.errors import INTERRUPTED, boundary
+from trainer.errors import INTERRUPTED, boundary, leave
 
 USAGE = """\
 usage: tandem train CONFIG [key=value ...]
@@ -70,4 +70,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     # until training takes it over: an interrupt in the middle of torch's imports would end in their tracebacks
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
-    sys.exit(boundary(main, sys.argv[1:]))
+    leave(boundary(main, sys.argv[1:]))

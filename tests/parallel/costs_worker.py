@@ -14,6 +14,7 @@ import torch
 from tests.parallel.cases import METHODS, Small, make_config, small
 from tools.bench.memory_rank import Sent
 from trainer.check_watch import WatchedRun
+from trainer.errors import leave
 from trainer.parallel import costs
 from trainer.parallel.config import DeepSpeedConfig
 from trainer.parallel.ranks import Ranks, start
@@ -103,4 +104,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ from tests.parallel.cases import METHODS
 from tests.parallel.halves import ADAM, FEW, FP16, STAGES, apart, difference, make, moved, settings, train
 from tests.parallel.scaling import growth, overflow, search, vanishing
 from tests.parallel.zero import exported
+from trainer.errors import leave
 from trainer.parallel.config import DeepSpeedConfig
 from trainer.parallel.ranks import Ranks, start
 
@@ -99,4 +100,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tests.parallel import probes
 from tests.parallel.cases import METHODS, OPTIM, UPDATES, make_config, small
 from trainer.config import Config
+from trainer.errors import leave
 from trainer.parallel.config import DDPConfig
 from trainer.parallel.ranks import Ranks, start
 from trainer.step import means
@@ -56,4 +57,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

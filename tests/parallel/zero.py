@@ -20,6 +20,7 @@ from torch import Tensor
 from tests.parallel.cases import METHODS, UPDATES, Small, make_config, small
 from tests.parallel.probes import digest
 from trainer import checkpoint
+from trainer.errors import leave
 from trainer.parallel.config import DeepSpeedConfig
 from trainer.parallel.ranks import Ranks, start
 from trainer.step import means
@@ -204,4 +205,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from trainer import build
 from trainer import config as configuration
 from trainer.config import Config
 from trainer.data import Batch
+from trainer.errors import leave
 from trainer.parallel.engine import Engine
 from trainer.parallel.ranks import Ranks, start
 from trainer.phase import Run
@@ -165,4 +166,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

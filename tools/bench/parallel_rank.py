@@ -19,6 +19,7 @@ from trainer import config as configuration
 from trainer import optimizer
 from trainer.config import Config
 from trainer.data import RawBatch
+from trainer.errors import leave
 from trainer.methods import Method
 from trainer.parallel.config import DeepSpeedConfig
 from trainer.parallel.ddp import DDPEngine
@@ -133,4 +134,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -52,7 +52,7 @@ def join(config: Mapping[str, Any], *, timeout: float) -> object:
     _choose_interface(place)
     server, store = _connect(place, timeout=timeout)
     told = agreement.mine(config, device="cuda" if torch.cuda.is_available() else "cpu")
-    _roll_call(store, place, told, timeout=timeout)
+    _roll_call(store, place, told, timeout=timeout, serves=server is not None)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(
@@ -175,8 +175,9 @@ def _reach(place: Place, *, timeout: float) -> None:
 
 
 # ---------------------------------------------------------------- the roll
-def _roll_call(store: TCPStore, place: Place, told: Mapping[str, Any], *, timeout: float) -> None:
-    """ValueError on every rank that came, unless each rank came once and all told the same."""
+def _roll_call(store: TCPStore, place: Place, told: Mapping[str, Any], *, timeout: float, serves: bool) -> None:
+    """ValueError on every rank that came, unless each rank came once and all told the same. serves: whether the store
+    goes with this process."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     roll = PrefixStore(f"tandem/{attempt}", store)
     fault: str | None
@@ -186,6 +187,9 @@ def _roll_call(store: TCPStore, place: Place, told: Mapping[str, Any], *, timeou
             other = _text(roll, f"host/{place.rank}", until=time.monotonic() + FAREWELL) or "elsewhere"
             fault = f"rank {place.rank} was started twice, on {other} and on {here}; {_numbers()}"
             roll.set("fault", fault)
+            if serves:  # the other rank 0 judges, perhaps over the store of this one
+                _text(roll, "verdict", until=time.monotonic() + FAREWELL)
+                _until_heard(roll, place)
             raise ValueError(fault)
         roll.set(f"host/{place.rank}", here)
         ends = time.monotonic() + timeout
@@ -232,6 +236,7 @@ def _until_heard(roll: PrefixStore, place: Place) -> None:
     came = sum(roll.check([f"told/{rank}"]) for rank in range(1, place.world))
     while roll.add("heard", 0) < came and time.monotonic() < ends:
         time.sleep(PAUSE)
+    time.sleep(10 * PAUSE)  # another rank 0 may look once more
 
 
 def _text(roll: PrefixStore, key: str, *, until: float) -> str | None:
