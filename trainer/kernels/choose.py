@@ -20,26 +20,31 @@ Impl = Literal["auto", "eager", "compiled", "triton"]
 Picked = Literal["eager", "compiled", "triton"]
 F = TypeVar("F", bound=Callable[..., Any])
 
-_preferred: list[Impl] = ["auto"]
+_preferred: dict[str, Impl] = {"": "auto"}
+"""By operation; "" stands for all others."""
 _twice: list[bool] = [False]
 _said: dict[tuple[str, Picked, str], bool] = {}
 """Choices and reasons, and whether `news` has told them."""
 
 
-def prefer(impl: Impl) -> None:
-    """What operations take that are not told otherwise, in this process: the config's `impl`."""
-    _preferred[0] = impl
+def prefer(impl: Impl, *operations: str) -> None:
+    """What `operations`, or all of them where none is named, take that are not told otherwise, in this process: the
+    config's `impl`."""
+    if not operations:
+        _preferred.clear()
+    _preferred.update(dict.fromkeys(operations or ("",), impl))
 
 
 @contextlib.contextmanager
-def preferred(impl: Impl) -> Iterator[None]:
+def preferred(impl: Impl, *operations: str) -> Iterator[None]:
     """`prefer` for a while: for tests and benchmarks."""
-    before = _preferred[0]
-    prefer(impl)
+    before = dict(_preferred)
+    prefer(impl, *operations)
     try:
         yield
     finally:
-        prefer(before)
+        _preferred.clear()
+        _preferred.update(before)
 
 
 @contextlib.contextmanager
@@ -71,7 +76,7 @@ def choose(
     impl: None takes what was preferred. unfit: why the kernel cannot take these tensors, or None. uncompilable: why
     torch.compile is not for this operation, which then runs as by auto where `compiled` is merely preferred.
     ValueError, naming operation and reason, where an implementation that was asked for cannot run."""
-    asked = _preferred[0] if impl is None else impl
+    asked = (_preferred.get(operation) or _preferred[""]) if impl is None else impl
     if torch.compiler.is_compiling():  # part of a graph that is compiled as a whole; nothing is said from in there
         return "triton" if asked in ("auto", "triton") and _reason(like, unfit) is None else "eager"
     if asked == "eager":
