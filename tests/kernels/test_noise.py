@@ -1,13 +1,23 @@
-"""Noise is a pure function of (seed, stream, position): statistics, independence of layout, frozen values."""
+"""Noise is a pure function of (seed, stream, position): known answers, statistics, independence of layout, frozen
+values."""
 
+import ast
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from tests.kernels.tolerances import DEVICE, IMPLS
 from trainer.kernels import noise
+from trainer.kernels.choose import preferred
+from trainer.kernels.program import LACKING, tl, triton
+from trainer.losses.augment import POLICIES
+
+ROOT = Path(__file__).parents[2]
 
 N = 4096 * 64  # values of a sheet of 4096 rows: errors of a mean shrink as 1 / 512
 SEEDS = st.integers(0, 2**63 - 1)
@@ -75,9 +85,9 @@ def test_streams_seeds_and_positions_far_apart_are_independent() -> None:
 
 
 def test_no_two_positions_share_a_row() -> None:
-    bits = torch.cat([noise._bits(0, "latent", rows(2**15), 2), noise._bits(0, "latent", rows(2**15, 2**50), 2)])
-    assert len(torch.unique(bits, dim=0)) == len(bits)
-    assert len(torch.unique(bits)) == bits.numel()  # 2^17 of 2^64: a repetition has a chance of 5e-10
+    halves = torch.cat([noise.words(noise.address(0, "latent", rows(2**15, first)), 4) for first in (0, 2**50)])
+    words = halves[:, ::2] << 32 | halves[:, 1::2]
+    assert len(torch.unique(words)) == words.numel()  # 2^17 of 2^64: a repetition has a chance of 5e-10
 
 
 # ---------------------------------------------------------------- layout
@@ -123,69 +133,215 @@ def test_drawing_changes_nothing_outside() -> None:
     assert not torch.equal(noise.normal(0, "latent", where, (3,)), first)
     assert torch.equal(where, rows(4))
     assert torch.equal(torch.get_rng_state(), state)
+    kept = noise.address(0, "latent", where)
+    noise.address(0, "latent", where).zero_()
+    assert torch.equal(noise.address(0, "latent", where), kept)
+
+
+def test_an_address_is_seed_stream_and_position_and_draws_the_same() -> None:
+    where = torch.tensor([3, -1, 2**62])
+    for seed in (0, -1, 2**63 - 1, -(2**63)):
+        at = noise.address(seed, "latent", where)
+        assert at.dtype == torch.int64 and at.is_contiguous()
+        assert at.tolist() == [[seed, noise.stream_number("latent"), position] for position in where.tolist()]
+        assert torch.equal(noise.normal_at(at, (3,)), noise.normal(seed, "latent", where, (3,)))
+        assert torch.equal(noise.uniform_at(at, (3,)), noise.uniform(seed, "latent", where, (3,)))
+    mixed = torch.cat([noise.address(1, "latent", where), noise.address(2, "prior", where)])
+    apart = [noise.normal(1, "latent", where, (5,)), noise.normal(2, "prior", where, (5,))]
+    assert torch.equal(noise.normal_at(mixed, (5,)), torch.cat(apart))
+
+
+@pytest.mark.parametrize(("count", "shape"), [(0, (4,)), (3, (0,)), (3, ()), (1, (2, 3))])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty_and_scalar_shapes(impl: noise.Impl, count: int, shape: tuple[int, ...]) -> None:
+    for draw in (noise.normal, noise.uniform):
+        assert draw(0, "s", rows(count).to(DEVICE), shape, impl=impl).shape == (count, *shape)
+
+
+# ---------------------------------------------------------------- known answers
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 in Python's integers (Salmon et al. 2011)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 % 2**32, (p0 >> 32) ^ c3 ^ k1, p0 % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+KNOWN = [  # counter, key, answer: kat_vectors of Random123
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@triton.jit
+def _words_of(address, quads, out, QUADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    sample, index = tl.program_id(0).to(tl.int64), tl.arange(0, QUADS)
+    a, b, c, d = noise.philox(address, sample, tl.load(quads + index))
+    at = out + sample * 4 * QUADS + 4 * index
+    tl.store(at, a.to(tl.int64))
+    tl.store(at + 1, b.to(tl.int64))
+    tl.store(at + 2, c.to(tl.int64))
+    tl.store(at + 3, d.to(tl.int64))
+
+
+def by_triton(address: Tensor, quads: list[int]) -> Tensor:
+    """int64 (B, quads, 4); a power of two of quads."""
+    out = torch.empty((len(address), len(quads), 4), dtype=torch.int64, device=DEVICE)
+    index = torch.tensor(quads).to(torch.uint32).view(torch.int32).to(DEVICE)
+    _words_of[(len(address),)](address.to(DEVICE), index, out, QUADS=len(quads))
+    return out.cpu()
+
+
+def signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
+def test_the_hash_is_philox_of_random123(counter: list[int], key: list[int], answer: list[int]) -> None:
+    assert philox(counter, key) == answer
+    seed, position = signed(key[0] | key[1] << 32), signed(counter[1] | counter[2] << 32)
+    address = torch.tensor([[seed, counter[3], position]])
+    if LACKING is None:
+        assert by_triton(address, [counter[0]])[0, 0].tolist() == answer
+    if counter[0] == 0:  # numpy and torch count quads from 0
+        assert noise.words(address, 4)[0].tolist() == noise._words_by_torch(address, 1)[0, 0].tolist() == answer
+
+
+@given(seed=SEEDS, positions=POSITIONS, stream=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_numpy_torch_and_triton_give_the_integers_of_philox(seed: int, positions: list[int], stream: int) -> None:
+    where = positions[:4]
+    address = torch.tensor([[seed - 2**62, stream, position] for position in where])
+    key = [(seed - 2**62) % 2**32, ((seed - 2**62) >> 32) % 2**32]
+    wanted = torch.tensor(
+        [[philox([quad, at % 2**32, (at >> 32) % 2**32, stream], key) for quad in range(4)] for at in where]
+    )
+    assert torch.equal(noise.words(address, 16).view(-1, 4, 4), wanted)
+    assert torch.equal(noise._words_by_torch(address, 4), wanted)
+    assert LACKING is not None or torch.equal(by_triton(address, [0, 1, 2, 3]), wanted)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (3, 20, 31)])
+def test_a_kernel_draws_what_eager_draws(shape: tuple[int, ...]) -> None:
+    """Uniforms to the bit; normals to the last bits of log, cos and sin: an ulp or two of a radius of 6.67."""
+    where = torch.tensor([0, 5, -7, 2**40], device=DEVICE)
+    uniform, normal = (
+        [draw(3, "latent", where, shape, impl=impl) for impl in ("eager", "triton")]  # type: ignore[operator]
+        for draw in (noise.uniform, noise.normal)
+    )
+    assert torch.equal(*uniform)
+    assert float((normal[0] - normal[1]).abs().max()) < 4e-6
+
+
+def test_a_graph_draws_the_same() -> None:
+    """Inside torch.compile, where numpy does not go."""
+    at = noise.address(0, "latent", rows(3))
+    with preferred("eager"):
+        found = torch.compile(lambda x: noise.normal_at(x, (5,)), fullgraph=True, backend="aot_eager")(at)
+    assert float((found - noise.normal_at(at, (5,))).abs().max()) < 4e-6
 
 
 # ---------------------------------------------------------------- frozen
 FROZEN_AT = [0, 1, 63, 2**40, 2**62, -5]
-FROZEN_BITS = {
+FROZEN_WORDS = {
     (0, "latent"): [
-        [2686109899251440501, -8960873158792454633, -7448487549341648268],
-        [906814575317025507, 4760798290609615433, -3447376739949759145],
-        [-271028894987516799, 2009597654957422250, -2742747392720144985],
-        [-460167317480740934, -5579814075123108976, 230473492770366698],
-        [6291299192421345915, 772732039184195112, 960597607818137554],
-        [-166150910971210144, 1023459096940326965, -9193503351882670415],
+        [1757148828, 4082295462, 3732029104, 587926928, 1771811455],
+        [1445916854, 3504245194, 79114806, 548954210, 56606541],
+        [393264108, 3478083191, 3730108220, 2910733082, 1951391339],
+        [24595071, 1078695642, 2376198476, 2360196608, 159781455],
+        [1499355570, 989748095, 1905834517, 591190626, 615730398],
+        [3844170307, 3202357903, 4246736108, 3825301244, 9362550],
     ],
-    (7, "critic/mix"): [
-        [4721720858555877106, 413408260476604648, 109713158864067475],
-        [8474038872093610516, -7154030399396309534, 8713017213039534827],
-        [-198708520293956791, 5583766537084641828, -8256526889568633858],
-        [-8851410246768415708, -6582011142695948629, -927668618452288577],
-        [7578632226997991759, -8251302668227029143, 2122831990794117910],
-        [-6467652392360213961, 5160909023369190279, -691946395857264389],
+    (-7, "critic/mix"): [
+        [570012837, 3268461621, 3223197256, 443458865, 676897249],
+        [2444876365, 3316735823, 3541960706, 2005162553, 2623149826],
+        [310401269, 2227033542, 3085776877, 1335958324, 1326465072],
+        [2828922694, 1728639742, 1359336687, 3051561833, 3321552610],
+        [3579205819, 3630820852, 4129877230, 1373671730, 2367852926],
+        [4085733055, 3685194757, 2014173043, 2870304015, 1209453117],
     ],
 }
-FROZEN_NORMALS = [  # (0, "latent"): two of each row
-    [0.218403, -1.950868],
-    [0.065178, 2.453806],
-    [0.156255, -0.072023],
-    [-0.045560, 0.220110],
-    [-1.133293, 0.931176],
-    [-0.129154, 0.037614],
+FROZEN_NORMALS = [  # (0, "latent"): four of each row
+    [1.272788, -0.409283, 0.345808, 0.401747],
+    [0.593644, -1.350921, 1.962935, 2.033589],
+    [0.802460, -2.034083, -0.233006, -0.477202],
+    [-0.023287, 3.213217, -1.035807, -0.333148],
+    [0.177820, 1.439860, 0.827002, 0.970111],
+    [-0.012997, -0.470748, 0.116188, -0.095325],
 ]
 
 
-@pytest.mark.parametrize(("seed", "stream"), FROZEN_BITS)
+@pytest.mark.parametrize(("seed", "stream"), FROZEN_WORDS)
 def test_the_stream_is_the_one_that_runs_and_checkpoints_were_made_with(seed: int, stream: str) -> None:
     """Changing these numbers changes every run: resumed ones go on with other noise. Not an accident to be mended
     here."""
     where = torch.tensor(FROZEN_AT)
-    expected = torch.tensor(FROZEN_BITS[seed, stream])
-    assert torch.equal(noise._bits(seed, stream, where, 3), expected)
-    assert torch.equal(noise.uniform(seed, stream, where, (3,)) * 2**24, ((expected >> 40) & 0xFFFFFF).float())
+    expected = torch.tensor(FROZEN_WORDS[seed, stream])
+    assert torch.equal(noise.words(noise.address(seed, stream, where), 5), expected)
+    assert torch.equal(noise.uniform(seed, stream, where, (5,)) * 2**24, (expected >> 8).float())
 
 
 def test_normals_are_the_frozen_ones_to_what_float32_functions_differ_between_machines() -> None:
     """log, cos and sin of a float32 differ by an ulp or two: 3e-7 of a radius of at most 6.67, and as much an angle."""
-    found = noise.normal(0, "latent", torch.tensor(FROZEN_AT), (2,))
+    found = noise.normal(0, "latent", torch.tensor(FROZEN_AT), (4,))
     assert torch.allclose(found, torch.tensor(FROZEN_NORMALS), rtol=0, atol=4e-6)
 
 
-def test_it_is_splitmix64() -> None:
-    """The mixing function of Steele, Lea and Flood 2014 in Python's integers: seed 0 gives 0xE220A8397B1DCDAF first."""
+# ---------------------------------------------------------------- nothing else draws
+DRAWS = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"),
+    *("poisson", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_"),
+    *("geometric_", "dropout", "Dropout", "Dropout2d", "feature_dropout", "rrelu", "Generator", "manual_seed"),
+    *("default_rng", "RandomState", "shuffle", "seed", "fork_rng"),
+}
+MAY = {  # file -> what of that, and for what
+    "trainer/build.py": {"fork_rng", "manual_seed"},  # new weights
+    "trainer/networks/discriminator.py": {"normal_"},  # new weights
+    "trainer/networks/generator.py": {"Generator"},  # the network
+    "trainer/metrics/fashion_cnn.py": {"fork_rng", "manual_seed", "randperm"},  # a network of its own, of a fixed seed
+}
 
-    def mix(z: int) -> int:
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-        return z ^ (z >> 31)
 
-    assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
-    inputs = torch.tensor([0, 1, -1, 2**62, -(2**63), 0x1E3779B97F4A7C15])
-    assert [value % 2**64 for value in noise._mix(inputs.clone()).tolist()] == [mix(x % 2**64) for x in inputs.tolist()]
+def calls() -> list[tuple[str, str, ast.Call]]:
+    """(file, name of the function, call) of every call in what trains and what samples."""
+    found = []
+    for path in sorted([*(ROOT / "trainer").rglob("*.py"), ROOT / "tools" / "export.py"]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                found.append((str(path.relative_to(ROOT)), name, node))
+    return found
 
 
-@given(seed=SEEDS, positions=POSITIONS, count=st.integers(1, 9))
-@settings(max_examples=50, deadline=None)
-def test_the_integers_of_the_cpu_are_those_of_any_other_device(seed: int, positions: list[int], count: int) -> None:
-    key, at = noise._key(seed, "latent"), torch.tensor(positions)
-    assert torch.equal(noise._bits_by_numpy(key, at, count), noise._bits_by_torch(key, at, count))
+def test_nothing_in_training_draws_but_by_position() -> None:
+    """A generator has a state, which ranks and resumed runs would not share."""
+    assert {(file, name) for file, name, _ in calls() if name in DRAWS} == {
+        (file, name) for file, names in MAY.items() for name in names
+    }
+
+
+def test_streams_in_use_have_different_numbers() -> None:
+    names = {f"augment/{policy}" for policy in POLICIES}
+    for _, function, call in calls():
+        if function in ("normal", "uniform", "noise", "address"):
+            names |= {a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    assert names >= {
+        "posterior",
+        "prior",
+        "latent",
+        "critic/mix",
+        "flip",
+        "crop",
+        "dequantize",
+        "evaluation",
+        "samples",
+    }
+    assert len({noise.stream_number(name) for name in names}) == len(names)

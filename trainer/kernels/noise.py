@@ -12,6 +12,7 @@ same integers; normals agree to the last bits of log, sin and cos.
 
 import hashlib
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_TWO_PI = 6.283185307179586
+_TO_UNIT = 2.0**-32  # of a word
+_TO_ANGLE = 6.283185307179586 * 2.0**-32
 _BLOCK = 1024  # values of a program
 
 
@@ -38,43 +40,36 @@ def stream_number(stream: str) -> int:
 def address(seed: int, stream: str, positions: Tensor) -> Tensor:
     """Where the noise of samples lies, as one tensor for those who draw it themselves: int64 (B, 3) of seed, stream's
     number and position, on the device of `positions` (int64, (B,))."""
-    where = positions.new_empty((len(positions), 3))
-    where[:, 0], where[:, 1], where[:, 2] = seed, stream_number(stream), positions
-    return where
+    start, unit = _origin(seed, stream, positions.device)
+    return torch.addcmul(start, positions.unsqueeze(1), unit)  # one launch
+
+
+@lru_cache(maxsize=256)
+def _origin(seed: int, stream: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The address of position 0, and the step from one position to the next."""
+    return torch.tensor([seed, stream_number(stream), 0], device=device), torch.tensor([0, 0, 1], device=device)
 
 
 def uniform(
     seed: int, stream: str, positions: Tensor, shape: tuple[int, ...] = (), *, impl: Impl | None = None
 ) -> Tensor:
     """Uniform float32 in [0, 1), multiples of 2^-24: (B, *shape), on the device of `positions` (int64, (B,))."""
-    return uniform_at(address(seed, stream, positions), shape, impl=impl)
+    return _draw(seed, stream, positions, shape, normal=False, impl=impl)
 
 
 def normal(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...], *, impl: Impl | None = None) -> Tensor:
     """Standard normal float32 (B, *shape), |x| <= 6.67, on the device of `positions` (int64, (B,))."""
-    return normal_at(address(seed, stream, positions), shape, impl=impl)
+    return _draw(seed, stream, positions, shape, normal=True, impl=impl)
 
 
 def uniform_at(address: Tensor, shape: tuple[int, ...], *, impl: Impl | None = None) -> Tensor:
     """`uniform` at an `address` (B, 3)."""
-    if _picked(address, impl) == "triton":
-        return _filled(address, numel(shape), normal=False).view(len(address), *shape)
-    bits = words(address, numel(shape)) >> 8
-    return bits.to(torch.float32).mul_(2.0**-24).view(len(address), *shape)
+    return _draw_at(address, shape, normal=False, impl=impl)
 
 
 def normal_at(address: Tensor, shape: tuple[int, ...], *, impl: Impl | None = None) -> Tensor:
     """`normal` at an `address` (B, 3)."""
-    count = numel(shape)
-    if _picked(address, impl) == "triton":
-        return _filled(address, count, normal=True).view(len(address), *shape)
-    pairs = words(address, count + count % 2).view(len(address), -1, 2)
-    # 32 bits for the radius, in (0, 1] so that the logarithm is finite; 32 for the angle
-    radius = pairs[..., 0].to(torch.float32).add_(1.0).mul_(2.0**-32)
-    angle = pairs[..., 1].to(torch.float32).mul_(_TWO_PI * 2.0**-32)
-    radius = radius.log_().mul_(-2.0).clamp_(min=0.0).sqrt_()
-    pair = torch.stack((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=2).view(len(address), -1)
-    return pair[:, :count].reshape(len(address), *shape)
+    return _draw_at(address, shape, normal=True, impl=impl)
 
 
 def numel(shape: tuple[int, ...]) -> int:
@@ -87,13 +82,50 @@ def numel(shape: tuple[int, ...]) -> int:
 
 def words(address: Tensor, count: int) -> Tensor:
     """The first `count` words of each row, int64 (B, count) in 0 .. 2^32 - 1."""
-    assert address.dtype == torch.int64 and address.dim() == 2 and address.shape[1] == 3
-    quads = (count + 3) // 4
-    if address.device.type == "cpu":
-        found = torch.from_numpy(_words_by_numpy(address.numpy(), quads).astype(np.int64))
+    quads = -(-count // 4)
+    if _plain_cpu(address):
+        even, odd = _words_by_numpy(*_columns(address), quads)
+        found = torch.from_numpy(_in_turn(even, odd).astype(np.int64))
     else:
         found = _words_by_torch(address, quads)
     return found.view(len(address), 4 * quads)[:, :count].contiguous()
+
+
+def _draw(
+    seed: int, stream: str, positions: Tensor, shape: tuple[int, ...], *, normal: bool, impl: Impl | None
+) -> Tensor:
+    if not _plain_cpu(positions) or _picked(positions, impl) == "triton":
+        return _draw_at(address(seed, stream, positions), shape, normal=normal, impl=impl)
+    # what all rows have in common is not spread over them first
+    seeds, streams = np.array([seed], dtype=np.int64), np.array([stream_number(stream)], dtype=np.uint32)
+    return _drawn_by_numpy(seeds, streams, positions.numpy(), shape, normal=normal)
+
+
+def _draw_at(address: Tensor, shape: tuple[int, ...], *, normal: bool, impl: Impl | None) -> Tensor:
+    assert address.dtype == torch.int64 and address.dim() == 2 and address.shape[1] == 3
+    rows, count = len(address), numel(shape)
+    if _picked(address, impl) == "triton":
+        return _filled(address, count, normal=normal).view(rows, *shape)
+    if _plain_cpu(address):
+        return _drawn_by_numpy(*_columns(address), shape, normal=normal)
+    if not normal:
+        return (words(address, count) >> 8).to(torch.float32).mul_(2.0**-24).view(rows, *shape)
+    pairs = words(address, count + count % 2).view(rows, -1, 2)
+    # 32 bits for the radius, in (0, 1] so that the logarithm is finite; 32 for the angle
+    radius = pairs[..., 0].to(torch.float32).add_(1.0).mul_(_TO_UNIT).log_().mul_(-2.0).clamp_(min=0.0).sqrt_()
+    angle = pairs[..., 1].to(torch.float32).mul_(_TO_ANGLE)
+    pair = torch.stack((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=2).view(rows, -1)
+    return pair[:, :count].reshape(rows, *shape)
+
+
+def _plain_cpu(x: Tensor) -> bool:
+    """Whether numpy can be given x's memory."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _columns(address: Tensor) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.int64]]:
+    seed, stream, position = np.ascontiguousarray(address.numpy().T)
+    return seed, stream.astype(np.uint32), position
 
 
 def _words_by_torch(address: Tensor, quads: int) -> Tensor:
@@ -111,20 +143,70 @@ def _words_by_torch(address: Tensor, quads: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=2)
 
 
-def _words_by_numpy(address: NDArray[np.int64], quads: int) -> NDArray[np.uint32]:
-    """uint32 (B, quads, 4), with numpy, whose calls cost a third of torch's: a small network's step feels it."""
-    seed, stream, position = (column[:, None] for column in np.ascontiguousarray(address.view(np.uint64).T))
-    shape = (len(address), quads)
-    low, high = (np.broadcast_to(part.astype(np.uint32), shape) for part in (position, position >> np.uint64(32)))
-    c0 = np.broadcast_to(np.arange(quads, dtype=np.uint32), shape)
-    c1, c2, c3 = low, high, np.broadcast_to(stream.astype(np.uint32), shape)
-    k0, k1 = seed.astype(np.uint32), (seed >> np.uint64(32)).astype(np.uint32)
-    for _ in range(_ROUNDS):
-        p0, p1 = (c * np.uint64(m) for c, m in zip((c0, c2), _MULTIPLIERS, strict=True))
-        c0, c1 = (p1 >> np.uint64(32)).astype(np.uint32) ^ c1 ^ k0, p1.astype(np.uint32)
-        c2, c3 = (p0 >> np.uint64(32)).astype(np.uint32) ^ c3 ^ k1, p0.astype(np.uint32)
-        k0, k1 = k0 + np.uint32(_WEYL[0]), k1 + np.uint32(_WEYL[1])
-    return np.stack((c0, c1, c2, c3), axis=2)
+# numpy's calls cost a third of torch's, which a small network's step feels
+def _words_by_numpy(
+    seed: NDArray[np.int64], stream: NDArray[np.uint32], position: NDArray[np.int64], quads: int
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Words 0 and 2, and words 1 and 3, of each quad: (2, B, quads) each. seed, stream: (B,), or (1,) for all rows.
+
+    The two multiplications of a round are one, and the halves of its products a view (low first: little-endian)."""
+    shape = (2, len(position), quads)
+    even, odd, product = np.empty(shape, np.uint32), np.empty(shape, np.uint32), np.empty(shape, np.uint64)
+    even[0] = np.arange(quads, dtype=np.uint32)
+    odd[0], even[1] = _halves(position)[..., None]
+    odd[1] = stream[:, None]
+    keys = (_KEY_STEPS + _halves(seed))[..., None]
+    halves = product.view(np.uint32).reshape(*shape, 2)[::-1]
+    low, high = halves[..., 0], halves[..., 1]
+    for key in keys:
+        np.multiply(even, _FACTORS, out=product)
+        np.bitwise_xor(high, odd, out=even)
+        np.bitwise_xor(even, key, out=even)
+        odd[...] = low
+    return even, odd
+
+
+_FACTORS = np.array(_MULTIPLIERS, dtype=np.uint64).reshape(2, 1, 1)
+_KEY_STEPS = (np.arange(_ROUNDS, dtype=np.uint32)[:, None] * np.array(_WEYL, dtype=np.uint32))[..., None]
+
+
+def _halves(x: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Low and high 32 bits, (2, n)."""
+    return np.ascontiguousarray(x).view(np.uint32).reshape(-1, 2).T
+
+
+def _in_turn(even: NDArray[Any], odd: NDArray[Any]) -> NDArray[Any]:
+    """(2, B, quads) of elements 0 and 2, and of 1 and 3, as (B, quads, 4)."""
+    whole = np.empty((*even.shape[1:], 2, 2), even.dtype)
+    whole[..., 0], whole[..., 1] = even.transpose(1, 2, 0), odd.transpose(1, 2, 0)
+    return whole.reshape(*even.shape[1:], 4)
+
+
+def _drawn_by_numpy(
+    seed: NDArray[np.int64],
+    stream: NDArray[np.uint32],
+    position: NDArray[np.int64],
+    shape: tuple[int, ...],
+    *,
+    normal: bool,
+) -> Tensor:
+    rows, count = len(position), numel(shape)
+    quads = -(-count // 4)
+    even, odd = _words_by_numpy(seed, stream, position, quads)
+    if normal:
+        radius = even.astype(np.float32)
+        radius += np.float32(1.0)
+        radius *= np.float32(_TO_UNIT)
+        np.log(radius, out=radius)
+        radius *= np.float32(-2.0)
+        np.sqrt(np.maximum(radius, np.float32(0.0), out=radius), out=radius)
+        angle = odd.astype(np.float32)
+        angle *= np.float32(_TO_ANGLE)
+        values = _in_turn(np.cos(angle) * radius, np.sin(angle) * radius)
+    else:
+        values = _in_turn((even >> np.uint32(8)).astype(np.float32), (odd >> np.uint32(8)).astype(np.float32))
+        values *= np.float32(2.0**-24)
+    return torch.from_numpy(np.ascontiguousarray(values.reshape(rows, 4 * quads)[:, :count])).view(rows, *shape)
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
