@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tools.bench.clock import allocated
 from trainer import build
 from trainer import config as configuration
 from trainer.config import Config
@@ -81,24 +82,6 @@ def resident(key: str) -> int:
 
 def forget() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
-
-
-def allocated(found: Any) -> dict[str, int]:
-    """What torch's allocator on the CPU had given out, from the profiler's records: at the peak of the measured update
-    and after it, once Python has collected."""
-    events = found.profiler.kineto_results.events()
-    spans = {
-        e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in ("measured", "rest")
-    }
-    begin, end = spans["measured"]
-    now, figures = 0, {"allocated": 0, "allocated_peak": 0}
-    for when, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        now += size
-        if begin <= when <= end:
-            figures["allocated_peak"] = max(figures["allocated_peak"], now)
-        if when <= spans["rest"][1]:
-            figures["allocated"] = now
-    return figures
 
 
 def batch_of(config: Config, device: torch.device, update: int, *, rank: int, world: int) -> Batch:

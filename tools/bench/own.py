@@ -39,7 +39,7 @@ def steps_of(
     """A function that takes `count` updates as trainer/loop.py does: to the device, step, means of notes when due."""
     method = build.build_method(config, device=ranks.device)
     engines = build_engines(config, method, build.build_networks(method, seed=config.seed), ranks)
-    run = Run(engines, seed=config.seed, balance=method.balance)
+    run = Run(engines, seed=config.seed, balance=method.balance, precision=config.precision)
     transform = Transform.training(config.data, seed=config.seed)
     clock = [CLOCK // config.batch * config.batch]
 

@@ -94,3 +94,10 @@ def names(known: Sequence[str]) -> Callable[[str], list[str]]:
         return text.split(",")
 
     return parse
+
+
+def device_of(asked: str | None) -> str:
+    """cpu or cuda; ValueError for a GPU that is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: torch sees no GPU here; take cpu")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
