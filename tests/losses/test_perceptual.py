@@ -167,13 +167,13 @@ def test_the_gradient_is_the_slope_and_reaches_the_image_only(kind: str, request
         network.float()
 
 
-def test_an_image_without_any_feature_has_a_finite_gradient(lpips: Perceptual) -> None:
+def test_an_image_without_any_feature_has_gradient_zero(lpips: Perceptual) -> None:
     state = {k: torch.zeros_like(v) for k, v in random_vgg().items()}
     network = vgg.VGG16(state, path=Path("zero"))
     dead = Perceptual(network, mean=[0.0] * 3, std=[1.0] * 3, heads=None)
     x = picture(64).requires_grad_()
     (gradient,) = torch.autograd.grad(dead.distance(x, -picture(64)).sum(), x)
-    assert gradient.isfinite().all()
+    assert not gradient.count_nonzero()
 
 
 def test_autocast_changes_nothing(lite0: Perceptual) -> None:

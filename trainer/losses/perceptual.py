@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.kernels.lpips_head import lpips_head
 from trainer.losses import efficientnet, vgg
 
 SMALLEST = 64  # pixels that the smaller side has at least when the network sees it
-EPSILON = 1e-10  # as in lpips
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,11 @@ class Perceptual(nn.Module):
             raise ValueError(f"images: {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; give equal shapes")
         with torch.autocast(device_type=x.device.type, enabled=False):
             # apart, not as one batch: an image without a gradient builds no graph, and equal inputs take equal paths
-            pairs = list(zip(self.features(x), self.features(y), strict=True))
-            terms = []
-            for layer, (a, b) in enumerate(pairs):
-                difference = (a - b).square()
-                if self.heads is not None:
-                    difference = difference * self.heads[layer]
-                terms.append(difference.sum(1).mean((1, 2)))
-            return torch.stack(terms).sum(0)
+            a, b = self.features(x), self.features(y)
+            return lpips_head(a, b, None if self.heads is None else list(self.heads))
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Each layer's features, (B, C, h, w), of unit length over channels."""
+        """Each layer's features, (B, C, h, w), as the network gives them."""
         if not image.is_floating_point():
             raise ValueError(f"images: {image.dtype} is no image in [-1, 1]; convert it with trainer.data.pixels")
         x = image.to(self.mean.dtype)  # float32, unless the caller made the whole network float64
@@ -110,9 +104,5 @@ class Perceptual(nn.Module):
         if smaller < SMALLEST:
             x = functional.interpolate(x, scale_factor=float(-(-SMALLEST // smaller)), mode="bilinear")
         x = (x - self.mean) / self.std  # repeats one channel to three
-        return [unit(layer) for layer in self.network(x.contiguous(memory_format=torch.channels_last))]
-
-
-def unit(x: Tensor) -> Tensor:
-    """x over its length over channels; the square under the root keeps the gradient finite where all channels are 0."""
-    return x / ((x.square().sum(1, keepdim=True) + EPSILON**2).sqrt() + EPSILON)
+        features: list[Tensor] = self.network(x.contiguous(memory_format=torch.channels_last))
+        return features
