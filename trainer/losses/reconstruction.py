@@ -8,12 +8,12 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
-HALF_RANGE = 127.5  # 8-bit levels a unit of [-1, 1]
+from trainer.kernels.logistic_mixture import HALF_RANGE, logistic_mixture_nll, split
+from trainer.kernels.reconstruction import bernoulli_nll, charbonnier_nll, full, gaussian_nll, laplace_nll
+
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -45,13 +45,11 @@ class Bernoulli:
         `check_targets`, called once by whoever starts a run."""
         if image.device.type == "cpu":
             check_targets(image)
-        # torch's form is the fastest of those tried on CPU: README.md
-        target = _full(image).add(1.0).mul(0.5)
-        return _total(functional.binary_cross_entropy_with_logits(_full(parameters), target, reduction="none"))
+        return bernoulli_nll(parameters, image)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1]."""
-        return _full(parameters).sigmoid() * 2.0 - 1.0  # = tanh(l / 2), in a fraction of its time on CPU
+        return full(parameters).sigmoid() * 2.0 - 1.0  # = tanh(l / 2), in a fraction of its time on CPU
 
     def hint(self, channels: int) -> str | None:
         """One line where another likelihood suits the images better."""
@@ -62,9 +60,9 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class _Location:
-    """Gaussian and Laplace: the decoder gives the mean itself, one scale serves all elements."""
+    """Gaussian, Laplace and Charbonnier: the decoder gives the mean itself, one scale serves all elements."""
 
-    kind: Literal["gaussian", "laplace"]
+    kind: Literal["gaussian", "laplace", "charbonnier"]
     discrete: ClassVar[bool] = False
     scale: float = 1.0
     """Scale of the density on [-1, 1], where one 8-bit level is 1 / 127.5; the start where it is learned."""
@@ -81,19 +79,14 @@ class _Location:
 
     def mean(self, parameters: Tensor) -> Tensor:
         """The decoder's output as it is: near [-1, 1], not clamped, so that no gradient is lost (to_uint8 clamps)."""
-        return _full(parameters)
+        return full(parameters)
 
     def hint(self, channels: int) -> str | None:
         """One line where another likelihood suits the images better."""
         return None
 
-    def _log_scale(self, log_scale: Tensor | None) -> Tensor | float:
-        """Natural logarithm of the scale: (B,), or one number."""
+    def _check(self, log_scale: Tensor | None) -> None:
         assert (log_scale is not None) == self.learn_scale, "a learned scale comes from the network"
-        return math.log(self.scale) + (0.0 if log_scale is None else _full(log_scale))
-
-    def _standard(self, parameters: Tensor, image: Tensor, log_scale: Tensor | float) -> Tensor:
-        return (_full(image) - _full(parameters)) * _rows(_exp(-log_scale))
 
 
 @dataclass(frozen=True)
@@ -110,9 +103,8 @@ class Gaussian(_Location):
 
     def nll(self, parameters: Tensor, image: Tensor, log_scale: Tensor | None = None) -> Tensor:
         """Means and images (B, C, H, W), log_scale (B,) where it is learned -> nats (B,), of either sign."""
-        log = self._log_scale(log_scale)
-        squares = _total(self._standard(parameters, image, log).square())
-        return 0.5 * squares + image[0].numel() * (log + 0.5 * math.log(2.0 * math.pi))
+        self._check(log_scale)
+        return gaussian_nll(parameters, image, log_scale, scale=self.scale)
 
 
 @dataclass(frozen=True)
@@ -130,9 +122,41 @@ class Laplace(_Location):
 
     def nll(self, parameters: Tensor, image: Tensor, log_scale: Tensor | None = None) -> Tensor:
         """Medians and images (B, C, H, W), log_scale (B,) where it is learned -> nats (B,), of either sign."""
-        log = self._log_scale(log_scale)
-        errors = _total(self._standard(parameters, image, log).abs())
-        return errors + image[0].numel() * (log + math.log(2.0))
+        self._check(log_scale)
+        return laplace_nll(parameters, image, log_scale, scale=self.scale)
+
+
+@dataclass(frozen=True)
+class Charbonnier(_Location):
+    """Softened L1: p(x) proportional to exp(-sqrt(u^2 + softness^2)), u = (x - m) / scale. Squares where errors are
+    well below softness * scale, absolute values beyond, so the gradient has no jump where an error changes its sign.
+
+    The penalty is that of Charbonnier et al. 1994; as a density it is the symmetric hyperbolic distribution of
+    Barndorff-Nielsen 1977, whose normaliser is 2 scale softness K1(softness), with K1 the modified Bessel function.
+    So the scale can be learned, and towards softness 0 it becomes laplace."""
+
+    kind: Literal["charbonnier"] = "charbonnier"
+    """Softened double exponential density around the decoder's output."""
+    softness: float = 1e-3
+    """In units of the scale, 1e-6 to 10; 1e-3 at scale 1 is the penalty of super-resolution (Lai et al. 2017)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1e-6 <= self.softness <= 10.0:
+            raise ValueError(
+                f"softness: {self.softness} is not from 1e-6 to 10; take laplace for a softer one's limit at 0, "
+                "gaussian for that at infinity"
+            )
+
+    @property
+    def name(self) -> str:
+        """For the board: what the nats are nats of."""
+        return "charbonnier density on [-1, 1]"
+
+    def nll(self, parameters: Tensor, image: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """Centres and images (B, C, H, W), log_scale (B,) where it is learned -> nats (B,), of either sign."""
+        self._check(log_scale)
+        return charbonnier_nll(parameters, image, log_scale, scale=self.scale, softness=self.softness)
 
 
 @dataclass(frozen=True)
@@ -149,8 +173,6 @@ class LogisticMixture:
     """Logistics in the mixture; 10 in Salimans et al. 2017 (5 suffice there)."""
     discrete: ClassVar[bool] = True
     learn_scale: ClassVar[bool] = False
-    SMALLEST: ClassVar[float] = -7.0  # log-scale, as PixelCNN++: an eighth of a level
-    LARGEST: ClassVar[float] = 7.0  # flat over the range; keeps exp finite
 
     def __post_init__(self) -> None:
         if self.components < 1:
@@ -165,37 +187,13 @@ class LogisticMixture:
         """Channels that the decoder's last layer has."""
         return self.components * (1 + 2 * channels)
 
-    def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-weights (B, K, 1, H, W), means and log-scales (B, K, C, H, W)."""
-        x = _full(parameters)
-        k = self.components
-        channels = (x.shape[1] // k - 1) // 2
-        assert x.shape[1] == self.parameters(channels), f"{x.shape[1]} channels are not those of {k} components"
-        weights = x[:, :k].log_softmax(1).unsqueeze(2)
-        means, scales = x[:, k:].view(len(x), 2, channels, k, *x.shape[2:]).transpose(2, 3).unbind(1)
-        return weights, means, scales.clamp(self.SMALLEST, self.LARGEST)
-
     def nll(self, parameters: Tensor, image: Tensor, log_scale: Tensor | None = None) -> Tensor:
         """Parameters (B, P, H, W), images (B, C, H, W) -> nats (B,), never negative; each value counts as its level."""
-        weights, means, scales = self._split(parameters)
-        level = ((_full(image) + 1.0) * HALF_RANGE).round().unsqueeze(1)
-        x = level / HALF_RANGE - 1.0
-        inverse = torch.exp(-scales)
-        above = (x + 1.0 / 255.0 - means) * inverse  # PixelCNN++ takes bins of 2/255, the spacing of the levels
-        below = (x - 1.0 / 255.0 - means) * inverse
-        # log(s(a) - s(b)) = log s(a) + log s(-b) + log(1 - e^(b - a)): exact in the tails, where the paper's code
-        # switches to the density. The first bin has no lower edge and is s(a), the last has no upper one and is s(-b)
-        zero = torch.zeros((), dtype=x.dtype, device=x.device)
-        below_edge = torch.where(level <= 0.0, zero, functional.logsigmoid(-below))
-        above_edge = torch.where(level >= 255.0, zero, functional.logsigmoid(above))
-        inner = (level > 0.0) & (level < 255.0)
-        width = torch.where(inner, torch.log(-torch.expm1(-(2.0 / 255.0) * inverse)), zero)
-        by_component = weights.squeeze(2) + (below_edge + above_edge + width).sum(2)
-        return _total(-torch.logsumexp(by_component, 1).clamp(max=0.0).unsqueeze(1))
+        return logistic_mixture_nll(parameters, image, components=self.components)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1]: the weighted mean of the components, each clamped to the range."""
-        weights, means, _ = self._split(parameters)
+        weights, means, _ = split(parameters, self.components)
         return (weights.exp() * means.clamp(-1.0, 1.0)).sum(1)
 
     def hint(self, channels: int) -> str | None:
@@ -203,7 +201,7 @@ class LogisticMixture:
         return None
 
 
-Likelihood = Annotated[Bernoulli | Gaussian | Laplace | LogisticMixture, Field(discriminator="kind")]
+Likelihood = Annotated[Bernoulli | Gaussian | Laplace | Charbonnier | LogisticMixture, Field(discriminator="kind")]
 
 
 def bits_per_dim(nats: Number, *, dims: int, discrete: bool) -> Number:
@@ -229,22 +227,3 @@ def check_targets(image: Tensor) -> None:
             f"likelihood: bernoulli takes images in [-1, 1] and maps them to [0, 1] itself; these run from {low:.4g} "
             f"to {high:.4g}; scale them first"
         )
-
-
-def _full(x: Tensor) -> Tensor:
-    """float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _total(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,); over dimensions, so that channels-last memory is not copied."""
-    return x.sum((1, 2, 3))
-
-
-def _exp(x: Tensor | float) -> Tensor | float:
-    return x.exp() if isinstance(x, Tensor) else math.exp(x)
-
-
-def _rows(x: Tensor | float) -> Tensor | float:
-    """(B,) -> (B, 1, 1, 1)."""
-    return x.view(-1, 1, 1, 1) if isinstance(x, Tensor) else x
