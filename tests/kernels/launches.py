@@ -49,8 +49,58 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, gradient: bool = Tru
 def cases() -> dict[str, Case]:
     """By name; the operations are imported here, once the driver is in place."""
     from trainer.kernels import noise
+    from trainer.kernels.group_norm_silu import group_norm_silu
+    from trainer.kernels.logistic_mixture import logistic_mixture_nll
+    from trainer.kernels.reconstruction import bernoulli_nll, charbonnier_nll, gaussian_nll, laplace_nll
 
+    def normalise(x: Tensor, groups: int = 32) -> None:
+        weight, bias = (empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+        y = group_norm_silu(x, groups, weight, bias, 1e-6, impl="triton")
+        y.backward(torch.empty_like(y))
+
+    def reconstruct(nll: Callable[..., Tensor], given: Tensor, image: Tensor, *more: Tensor, **named: Any) -> None:
+        nats = nll(given, image, *more, impl="triton", **named)
+        nats.backward(torch.empty_like(nats))
+
+    densities = ("_density_nll", "_density_nll_backward")
+    prediction, image = empty(8, 3, 256, 256), empty(8, 3, 256, 256, gradient=False)
+    log_scale, contiguous = empty(8, dtype=torch.float32), image.contiguous().requires_grad_()
+    normalising = ("_statistics", "_activate", "_sums", "_gradient")
     return {
+        "group norm, C = 128": Case(lambda: normalise(empty(8, 128, 256, 256)), wide=normalising),
+        "group norm, C = 512": Case(lambda: normalise(empty(8, 512, 64, 64)), wide=normalising),
+        "group norm, C = 512, odd": Case(lambda: normalise(empty(3, 512, 7, 5)), wide=normalising),
+        "group norm, C = 64 in 8": Case(lambda: normalise(empty(8, 64, 64, 64), groups=8), wide=normalising),
+        "group norm, C = 1024": Case(lambda: normalise(empty(8, 1024, 16, 16)), wide=normalising),
+        "group norm, NCHW": Case(
+            lambda: normalise(torch.empty(8, 128, 256, 256, dtype=torch.bfloat16).requires_grad_()), wide=normalising
+        ),
+        "group norm, float32": Case(lambda: normalise(empty(8, 256, 128, 128, dtype=torch.float32)), wide=normalising),
+        "laplace": Case(lambda: reconstruct(laplace_nll, prediction, image), wide=densities),
+        "laplace, NCHW": Case(lambda: reconstruct(laplace_nll, contiguous, image), wide=densities),
+        "laplace, 28 x 28": Case(
+            lambda: reconstruct(laplace_nll, empty(64, 1, 28, 28), empty(64, 1, 28, 28, gradient=False)), wide=densities
+        ),
+        "gaussian, learned scale": Case(
+            lambda: reconstruct(gaussian_nll, prediction, image, log_scale), wide=densities
+        ),
+        "charbonnier, learned scale": Case(
+            lambda: reconstruct(charbonnier_nll, prediction, image, log_scale, softness=1e-3), wide=densities
+        ),
+        "bernoulli": Case(lambda: reconstruct(bernoulli_nll, prediction, image), wide=densities),
+        "logistic mixture, K = 10, C = 3": Case(
+            lambda: reconstruct(
+                logistic_mixture_nll, empty(8, 70, 64, 64), empty(8, 3, 64, 64, gradient=False), components=10
+            )
+        ),
+        "logistic mixture, K = 5, C = 1, NCHW": Case(
+            lambda: reconstruct(
+                logistic_mixture_nll,
+                torch.empty(8, 15, 32, 32).requires_grad_(),
+                empty(8, 1, 32, 32, gradient=False),
+                components=5,
+            )
+        ),
         "noise, normal": Case(lambda: noise.normal(0, "latent", torch.arange(4), (4, 32, 32), impl="triton")),
         "noise, uniform": Case(lambda: noise.uniform(0, "latent", torch.arange(4), (), impl="triton")),
     }
