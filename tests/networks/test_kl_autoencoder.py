@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.kernels.group_norm_silu import group_norm_silu
 from trainer.networks import ImageShape, KLAutoencoderConfig
-from trainer.networks.kl_autoencoder import Attention, Downsample, KLEncoder, group_norm_silu
+from trainer.networks.kl_autoencoder import Attention, Downsample, KLEncoder
 
 IMAGE = ImageShape(3, 32, 48)
 

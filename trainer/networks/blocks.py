@@ -14,6 +14,8 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from trainer.kernels.group_norm_silu import group_norm_silu
+
 Norm = Literal["group", "none"]
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # Rombach et al. 2022 (their DiagonalGaussianDistribution)
@@ -25,6 +27,25 @@ def normalisation(kind: Norm, channels: int) -> nn.Module:
         return nn.Identity()
     groups = max(g for g in range(1, min(8, max(1, channels // 4)) + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """SiLU of the normalisation in one operation; the parameters are the normalisation's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class Done(nn.Identity):
+    """Stands where an activation would that the layer before has computed, so that weights keep their names."""
+
+
+def activated(norm: Norm, channels: int, activation: nn.Module) -> list[nn.Module]:
+    """Normalisation and activation, two layers: GroupNorm and SiLU are computed in one."""
+    layer = normalisation(norm, channels)
+    if isinstance(layer, nn.GroupNorm) and isinstance(activation, nn.SiLU):
+        return [GroupNormSiLU(layer.num_groups, channels), Done()]
+    return [layer, activation]
 
 
 class UpConv(nn.Conv2d):
@@ -51,8 +72,8 @@ class Residual(nn.Module):
     def __init__(self, channels: int, *, norm: Norm, activation: nn.Module) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *(normalisation(norm, channels), activation, nn.Conv2d(channels, channels, 3, padding=1)),
-            *(normalisation(norm, channels), activation, nn.Conv2d(channels, channels, 3, padding=1)),
+            *(*activated(norm, channels, activation), nn.Conv2d(channels, channels, 3, padding=1)),
+            *(*activated(norm, channels, activation), nn.Conv2d(channels, channels, 3, padding=1)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +83,7 @@ class Residual(nn.Module):
 def stage(entry: list[nn.Module], channels: int, *, blocks: int, norm: Norm, activation: nn.Module) -> list[nn.Module]:
     """What leads to a resolution (`entry`), its residual blocks, and the normalisation and activation that close it."""
     residuals = [Residual(channels, norm=norm, activation=activation) for _ in range(blocks)]
-    return [*entry, *residuals, normalisation(norm, channels), activation]
+    return [*entry, *residuals, *activated(norm, channels, activation)]
 
 
 class Body(nn.Sequential):
@@ -80,7 +101,7 @@ class Body(nn.Sequential):
         part: list[nn.Module] = []
         for layer in self:
             part.append(layer)
-            if isinstance(layer, (Residual, nn.SiLU, nn.LeakyReLU)):
+            if isinstance(layer, (Residual, Done, nn.SiLU, nn.LeakyReLU)):
                 x = recomputed(part, x)
                 part = []
         assert not part, "every stage ends with a block or an activation"

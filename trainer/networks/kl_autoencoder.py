@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.networks.autoencoder import Autoencoder, check_counts
-from trainer.networks.blocks import UpConv, full, posterior, recomputed
+from trainer.networks.blocks import GroupNormSiLU, UpConv, full, posterior, recomputed
 from trainer.networks.shapes import ImageShape, check_divisible
 
 GROUPS, EPSILON = 32, 1e-6  # of every GroupNorm, in Rombach et al. 2022 and in diffusers
@@ -100,7 +100,7 @@ class KLEncoder(nn.Module):
             channels = out
         self.down_blocks = nn.ModuleList(levels)
         self.mid_block = Middle(channels)
-        self.conv_norm_out = GroupNormSiLU(channels)
+        self.conv_norm_out = _normalised(channels)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent, 3, padding=1)
         self.quant_conv = nn.Conv2d(2 * config.latent, 2 * config.latent, 1)
 
@@ -141,7 +141,7 @@ class KLDecoder(nn.Module):
             levels.append(Level(channels, out, blocks=config.blocks + 1, attention=attention, resample=resample))
             channels = out
         self.up_blocks = nn.ModuleList(levels)
-        self.conv_norm_out = GroupNormSiLU(channels)
+        self.conv_norm_out = _normalised(channels)
         self.head = nn.Conv2d(channels, parameters, 3, padding=1)
 
     @property
@@ -194,9 +194,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
-        self.norm1 = GroupNormSiLU(channels)
+        self.norm1 = _normalised(channels)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.norm2 = GroupNormSiLU(out)
+        self.norm2 = _normalised(out)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
@@ -231,19 +231,8 @@ class Downsample(nn.Conv2d):
         return super().forward(functional.pad(x, (0, 1, 0, 1)))
 
 
-class GroupNormSiLU(nn.GroupNorm):
-    """Normalisation and activation in one; the parameters are the normalisation's."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(GROUPS, channels, eps=EPSILON)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
-
-
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """SiLU of the normalised (B, C, h, w): a third of an f8's step, and where a fused kernel goes."""
-    return functional.silu(functional.group_norm(x, groups, weight, bias, eps))
+def _normalised(channels: int) -> GroupNormSiLU:
+    return GroupNormSiLU(GROUPS, channels, eps=EPSILON)
 
 
 def _through(layers: list[nn.Module], x: Tensor, recompute: bool) -> Tensor:
