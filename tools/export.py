@@ -10,9 +10,10 @@ from trainer import build, interchange
 from trainer.data import Stream, Transform, to_device
 from trainer.generate import Trained, home, load
 from trainer.kernels import noise
+from trainer.kernels.reparameterize import reparameterize_kl
 from trainer.methods.vae import VAEConfig
 from trainer.methods.vaegan import VAEGANConfig
-from trainer.networks import KLAutoencoderConfig, reparameterize
+from trainer.networks import Autoencoder, KLAutoencoderConfig
 
 IMAGES = ("laplace", "gaussian")  # likelihoods whose parameters are the image itself
 PART = 8  # images that are encoded at a time
@@ -81,9 +82,10 @@ def measured(run: Trained, count: int) -> tuple[float, int]:
     batch = to_device(stream.first(count), device=run.device, transform=Transform.plain(data))
     stream.close()
     latents = []
+    network = run.networks["autoencoder"]
+    assert isinstance(network, Autoencoder)
     with torch.no_grad():
         for image, index in zip(batch.image.split(PART), batch.index.split(PART), strict=True):
-            mean, logvar = run.method.encode(run.networks, image)
-            eps = noise.normal(0, "export", index, run.method.latent_size)
-            latents.append(reparameterize(mean, logvar, eps).double().cpu())
+            z, _ = reparameterize_kl(network.encoder.moments(image), noise.address(0, "export", index))
+            latents.append(z.double().cpu())
     return float(f"{1 / float(torch.cat(latents).std()):.6g}"), len(batch.image)

@@ -87,5 +87,5 @@ def elbo(method: Method, networks: Mapping[str, nn.Module], batch: Batch) -> tup
     image = batch.image
     if not method.likelihood.discrete:  # type: ignore[attr-defined]  # what has an ELBO has a likelihood
         image = dequantize(image, noise.uniform(SEED, "dequantize", batch.index, tuple(image.shape[1:])))
-    nll, kl = method.elbo(networks, image, noise.normal(SEED, "evaluation", batch.index, method.latent_size))
+    nll, kl = method.elbo(networks, image, noise.address(SEED, "evaluation", batch.index))
     return nll, kl

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trainer.data import Batch
 from trainer.kernels import noise
 from trainer.kernels.ahead import Ahead
+from trainer.kernels.choose import choose
 from trainer.losses.balance import Balance, Term
 from trainer.parallel.engine import Engine
 
@@ -141,6 +142,16 @@ class Run:
     def uniform(self, stream: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Uniform in [0, 1), (B, *shape): the draws `stream` of the batch's samples."""
         return self._draw("uniform", stream, shape)
+
+    def noise(self, stream: str, shape: tuple[int, ...]) -> Tensor:
+        """`normal` for `reparameterize_kl`: only the address, int64 (B, 3), where its kernel will draw it."""
+        position = self.batch.position
+        if choose("reparameterize_kl", position, unfit=lambda: None) != "triton":
+            return self.normal(stream, shape)
+        key = ("address", stream, ())
+        if key not in self._noise:
+            self._noise[key] = noise.address(self.seed, stream, position)
+        return self._noise[key]
 
     def _draw(self, kind: str, stream: str, shape: tuple[int, ...]) -> Tensor:
         key = (kind, stream, shape)

@@ -58,12 +58,12 @@ def test_the_last_convolution_maps_the_features_to_the_reconstruction() -> None:
     """What the balance of kind last_layer takes for granted."""
     torch.manual_seed(0)
     network = KLAutoencoderConfig(width=32, multipliers=(1, 1, 2), blocks=1).build(image=IMAGE, parameters=3).double()
-    out = network(noise(2, *IMAGE), noise(2, 4, 8, 12), noise(1, 4, 8, 12), features=True)
+    out = network(noise(2, *IMAGE), noise(2, 4, 8, 12), noise(1, 4, 8, 12), features=True, moments=True)
     again = functional.conv2d(out["features"], network.last_layer, network.decoder.head.bias, padding=1)
     torch.testing.assert_close(again, out["reconstruction"], rtol=0, atol=1e-12)
     assert {name: tuple(value.shape) for name, value in out.items()} == {
-        "mean": (2, 4, 8, 12),
-        "logvar": (2, 4, 8, 12),
+        "kl": (2,),
+        "moments": (2, 8, 8, 12),
         "features": (2, 32, 32, 48),
         "reconstruction": (2, 3, 32, 48),
         "sample": (1, 3, 32, 48),

@@ -84,17 +84,19 @@ def test_reconstructions_and_samples_have_the_images_shape(data: st.DataObject) 
         assert network.latent_size == (config.latent, image.height // config.factor, image.width // config.factor)
     else:
         assert network.latent_size == (config.latent,)
+    latent = network.latent_size
     out = network(
         noise(2, *image),
-        noise(2, *network.latent_size),
-        noise(prior, *network.latent_size) if prior else None,
+        noise(2, *latent),
+        noise(prior, *latent) if prior else None,
         features=True,
+        moments=True,
     )
     shapes = {name: tuple(value.shape) for name, value in out.items()}
     expected = {
         "reconstruction": (2, parameters, image.height, image.width),
-        "mean": (2, *network.latent_size),
-        "logvar": (2, *network.latent_size),
+        "kl": (2,),
+        "moments": (2, 2 * latent[0], *latent[1:]),
         "features": (2, config.width * config.multipliers[0], image.height, image.width),
     }
     expected |= {"sample": (prior, parameters, image.height, image.width)} if prior else {}
@@ -183,8 +185,8 @@ def test_encoder_and_generator_stand_alone() -> None:
         GeneratorConfig(latent=16).build(image=FASHION, parameters=1),
     )
     out = encoder(noise(2, *FASHION))
-    assert set(out) == {"mean", "logvar"} and encoder.latent_size == generator.latent_size == (16,)
-    assert generator(out["mean"]).shape == (2, 1, 28, 28)
+    assert set(out) == {"moments"} and encoder.latent_size == generator.latent_size == (16,)
+    assert generator(out["moments"][:, :16]).shape == (2, 1, 28, 28)
     whole = AutoencoderConfig().build(image=FASHION, parameters=1)
     whole.encoder.load_state_dict(encoder.state_dict())
     whole.decoder.load_state_dict(generator.state_dict())

@@ -88,7 +88,7 @@ class VAELoop(Loop):
     def loss(self, image: Tensor) -> Tensor:
         noise = torch.randn(len(image), *self.method.latent_size)
         out = self.networks["autoencoder"](image, noise)
-        return (_nll(out["reconstruction"], image) + _kl(out["mean"], out["logvar"])) / len(image)
+        return (_nll(out["reconstruction"], image) + out["kl"].sum()) / len(image)
 
     def update(self, image: Tensor, backward: Backward = Tensor.backward) -> None:
         self.schedule()
@@ -174,7 +174,7 @@ class VAEGANLoop(_Adversarial):
         self.push = smoothing * self.push + (1 - smoothing) * push[:rows].norm()
         found = self.optimizers["autoencoder"]
         found.zero_grad()
-        kl = _kl(out["mean"], out["logvar"]) / rows
+        kl = out["kl"].sum() / rows
         outputs = (out["reconstruction"], out["sample"], kl)
         torch.autograd.backward(outputs, (gradient[:rows], gradient[rows:], torch.ones_like(kl)))
         found.step()
@@ -197,7 +197,7 @@ class ConventionalLoop(VAEGANLoop):
         (pull,) = torch.autograd.grad(nll, last, retain_graph=True)
         (push,) = torch.autograd.grad(adversarial, last, retain_graph=True)
         weight = (pull.norm() / (push.norm() + 1e-4)).clamp(0.0, 1e4).detach()
-        kl = _kl(out["mean"], out["logvar"]) / len(image)
+        kl = out["kl"].sum() / len(image)
         loss = nll + kl + weight * self.settings.adversarial_weight * adversarial
         self.apply("autoencoder", loss, backward)
         self.networks["discriminator"].requires_grad_(True)
@@ -227,10 +227,6 @@ def steps_of(loop: Loop, pixels: Tensor, *, layout: torch.memory_format = torch.
 
 def _nll(logits: Tensor, image: Tensor) -> Tensor:
     return binary_cross_entropy_with_logits(logits, image * 0.5 + 0.5, reduction="sum")
-
-
-def _kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    return 0.5 * (mean.square() + torch.expm1(logvar) - logvar).sum()
 
 
 def _shown(logits: Tensor) -> Tensor:

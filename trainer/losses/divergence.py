@@ -9,7 +9,8 @@ mean, logvar: (B, *latent). Float32 whatever comes in (float64 stays). logvar is
 import torch
 from torch import Tensor
 
-LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+from trainer.kernels.reparameterize import LOGVAR_MAX, LOGVAR_MIN
+
 LARGEST_HALF = torch.finfo(torch.float16).max
 
 

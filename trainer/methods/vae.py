@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from trainer import bounds, progress
 from trainer.data import Batch
+from trainer.kernels.reparameterize import posterior
 from trainer.losses.balance import Balance, BalanceConfig, Term
-from trainer.losses.divergence import free_bits, kl, kl_per_dimension
+from trainer.losses.divergence import free_bits, kl_per_dimension
 from trainer.losses.reconstruction import Bernoulli, Likelihood
 from trainer.networks import AnyAutoencoderConfig, Autoencoder, AutoencoderConfig, ImageShape
 from trainer.phase import Run
@@ -46,16 +47,18 @@ class KLConfig:
             return self.weight * progress.cyclic(images, period=self.warmup)
         return self.weight * progress.ramp(images, start=0, length=self.warmup)
 
-    def term(self, run: Run, mean: Tensor, logvar: Tensor) -> Term:
-        """The KL's term at the run's clock; notes the plain KL in nats."""
-        if self.free_bits == 0:
-            value = kl(mean, logvar)
-            run.note("latent/kl", value)
-        else:
-            dimensions = kl_per_dimension(mean, logvar)
-            run.note("latent/kl", dimensions.sum(1))
-            value = free_bits(dimensions, self.free_bits)
-        return Term(value, weight=self.weight_at(run.images))
+    @property
+    def by_dimension(self) -> bool:
+        """Whether `term` needs the posterior's moments."""
+        return self.free_bits > 0
+
+    def term(self, run: Run, kl: Tensor, moments: Tensor | None = None) -> Term:
+        """The KL's term at the run's clock; notes the plain `kl` (B,), in nats."""
+        run.note("latent/kl", kl)
+        if self.by_dimension:
+            assert moments is not None
+            kl = free_bits(kl_per_dimension(*posterior(moments)), self.free_bits)
+        return Term(kl, weight=self.weight_at(run.images))
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,13 @@ class VAE:
         return ("autoencoder",)
 
     def autoencoder(self, batch: Batch, run: Run) -> dict[str, Term]:
-        noise = run.normal("posterior", self.latent_size)
-        out = run("autoencoder", batch.image, noise)
+        noise = run.noise("posterior", self.latent_size)
+        out = run("autoencoder", batch.image, noise, None, False, self.config.kl.by_dimension)
         nll = self.likelihood.nll(out.reconstruction, batch.image, getattr(out, "log_scale", None))
-        return {"nll": Term(nll), "kl": self.config.kl.term(run, out.mean, out.logvar)}  # eq. 10: minus the ELBO
+        return {"nll": Term(nll), "kl": self._kl(run, out)}  # eq. 10: minus the ELBO
+
+    def _kl(self, run: Run, out: Any) -> Term:
+        return self.config.kl.term(run, out.kl, getattr(out, "moments", None))
 
     # ------------------------------------------------------------------ what a trained model does
     @property
@@ -115,10 +121,10 @@ class VAE:
         return _autoencoder(networks).encode(image)
 
     def elbo(self, networks: Mapping[str, nn.Module], image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(nll, kl) in nats an image, (B,) each, at one posterior sample (B, *latent_size): the ELBO is minus their
-        sum."""
+        """(nll, kl) in nats an image, (B,) each, at one posterior sample, by its noise (see `Autoencoder`): the ELBO is
+        minus their sum."""
         out = networks["autoencoder"](image, noise)
-        return self.likelihood.nll(out["reconstruction"], image, out.get("log_scale")), kl(out["mean"], out["logvar"])
+        return self.likelihood.nll(out["reconstruction"], image, out.get("log_scale")), out["kl"]
 
 
 def _autoencoder(networks: Mapping[str, nn.Module]) -> Autoencoder:

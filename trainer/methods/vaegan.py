@@ -104,7 +104,7 @@ class VAEGAN(VAE):
     def autoencoder(self, batch: Batch, run: Run) -> dict[str, Term]:
         out = run("autoencoder", *self._inputs(batch, run))
         nll = self.likelihood.nll(out.reconstruction, batch.image, getattr(out, "log_scale", None))
-        terms = {"nll": Term(nll), "kl": self.settings.kl.term(run, out.mean, out.logvar)}
+        terms = {"nll": Term(nll), "kl": self._kl(run, out)}
         fakes = self._images(out)
         if self.perceptual is not None:
             terms["perceptual"] = Term(
@@ -130,10 +130,10 @@ class VAEGAN(VAE):
         level = progress.ramp(images, start=settings.adversarial_from, length=settings.adversarial_ramp)
         return level * settings.adversarial_weight
 
-    def _inputs(self, batch: Batch, run: Run) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-        noise = run.normal("posterior", self.latent_size)
+    def _inputs(self, batch: Batch, run: Run) -> tuple[Tensor, Tensor, Tensor | None, bool, bool]:
+        noise = run.noise("posterior", self.latent_size)
         prior = run.normal("prior", self.latent_size) if self.settings.prior_weight > 0 else None
-        return batch.image, noise, prior, self.settings.balance.kind == "last_layer"
+        return batch.image, noise, prior, self.settings.balance.kind == "last_layer", self.settings.kl.by_dimension
 
     def _images(self, out: object) -> list[Tensor]:
         """What the discriminator sees: reconstructions, then prior samples where they are drawn."""

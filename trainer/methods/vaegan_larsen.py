@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer import bounds
 from trainer.data import Batch
+from trainer.kernels.reparameterize import posterior, reparameterize_kl
 from trainer.losses.balance import Balance, BalanceConfig, Term
 from trainer.methods.critic import Critic, CriticConfig
 from trainer.methods.vae import KLConfig
@@ -19,7 +20,6 @@ from trainer.networks import (
     GeneratorConfig,
     GlobalDiscriminatorConfig,
     ImageShape,
-    reparameterize,
 )
 from trainer.phase import Run
 
@@ -102,18 +102,18 @@ class VAEGANLarsen:
         }
 
     def encoder(self, batch: Batch, run: Run) -> dict[str, Term]:
-        out = run("encoder", batch.image)
-        z = reparameterize(out.mean, out.logvar, run.normal("posterior", self.latent_size))
+        moments = run("encoder", batch.image).moments
+        z, kl = reparameterize_kl(moments, run.noise("posterior", self.latent_size))
         reconstruction = torch.tanh(run.frozen("decoder")(z).float())
         return {
-            "kl": self.config.kl.term(run, out.mean, out.logvar),
+            "kl": self.config.kl.term(run, kl, moments),
             "similarity": Term(self._similarity(run, reconstruction, batch.image)),
         }
 
     def _codes(self, batch: Batch, run: Run) -> Tensor:
         """Posterior samples, then prior samples: (2B, *latent_size), no gradient to the encoder."""
-        out = run.shared("encoder", batch.image)
-        z = reparameterize(out.mean, out.logvar, run.normal("posterior", self.latent_size))
+        moments = run.shared("encoder", batch.image).moments
+        z, _ = reparameterize_kl(moments, run.noise("posterior", self.latent_size))
         return torch.cat([z, run.normal("prior", self.latent_size)])
 
     def _similarity(self, run: Run, reconstruction: Tensor, image: Tensor) -> Tensor:
@@ -137,5 +137,4 @@ class VAEGANLarsen:
 
     def encode(self, networks: Mapping[str, nn.Module], image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logvar of the posterior, (B, *latent_size) each."""
-        out = networks["encoder"](image)
-        return out["mean"], out["logvar"]
+        return posterior(networks["encoder"](image)["moments"])

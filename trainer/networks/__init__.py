@@ -1,7 +1,6 @@
 """Networks and their configs, by kind. A new one is one file, and a member of its union; see README.md."""
 
 from trainer.networks.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder, EncoderConfig
-from trainer.networks.blocks import reparameterize
 from trainer.networks.discriminator import (
     GlobalDiscriminator,
     GlobalDiscriminatorConfig,
@@ -33,5 +32,4 @@ __all__ = [
     "KLAutoencoderConfig",
     "PatchDiscriminator",
     "PatchDiscriminatorConfig",
-    "reparameterize",
 ]

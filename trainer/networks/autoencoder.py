@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.networks.blocks import Body, Norm, UpConv, full, posterior, reparameterize, rows, stage
+from trainer.kernels.reparameterize import posterior, reparameterize_kl
+from trainer.networks.blocks import Body, Norm, UpConv, full, rows, stage
 from trainer.networks.shapes import ImageShape, check_divisible
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class AutoencoderConfig(Pyramid):
 
 
 class Encoder(nn.Module):
-    """Image (B, C, H, W) in [-1, 1] -> the posterior's mean and logvar, each (B, *latent_size), float32."""
+    """Image (B, C, H, W) in [-1, 1] -> the posterior's moments, mean and logvar: (B, 2z, ...), float32."""
 
     def __init__(self, config: Pyramid, *, image: ImageShape) -> None:
         super().__init__()
@@ -104,14 +105,17 @@ class Encoder(nn.Module):
             self.head = nn.Linear(channels * image.height * image.width // config.factor**2, 2 * config.latent)
         self.flat = config.latent_shape == "vector"
 
+    def moments(self, image: Tensor) -> Tensor:
+        """Mean and logvar before the clamp, (B, 2z, ...) in the network's dtype."""
+        x = self.body(image)
+        return self.head(rows(x) if self.flat else x)  # type: ignore[no-any-return]
+
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logvar, the latter clamped to [-30, 20]."""
-        x = self.body(image)
-        return posterior(self.head(rows(x) if self.flat else x))
+        return posterior(self.moments(image))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        mean, logvar = self.posterior(image)
-        return {"mean": mean, "logvar": logvar}
+        return {"moments": full(self.moments(image))}
 
 
 class Decoder(nn.Module):
@@ -176,25 +180,33 @@ class Autoencoder(nn.Module):
         return self.decoder(z)  # type: ignore[no-any-return]
 
     def forward(
-        self, image: Tensor, noise: Tensor, prior: Tensor | None = None, features: bool = False
+        self,
+        image: Tensor,
+        noise: Tensor,
+        prior: Tensor | None = None,
+        features: bool = False,
+        moments: bool = False,
     ) -> dict[str, Tensor]:
-        """Image (B, C, H, W) and noise (B, *latent_size) -> the outputs that losses are taken on.
+        """Image (B, C, H, W) and the posterior's noise, as `reparameterize_kl` takes it: its address (B, 3), or normals
+        (B, *latent_size) -> the outputs that losses are taken on.
 
-        reconstruction (B, P, H, W), mean, logvar; with `prior` (K, *latent_size) also sample (K, P, H, W), decoded in
-        the same pass; with `features` also the input of the last convolution (B, width, H, W), the reconstruction's
-        rows only; with a learned scale also log_scale (B,), natural logarithm.
+        reconstruction (B, P, H, W), kl (B,) in nats; with `prior` (K, *latent_size) also sample (K, P, H, W), decoded
+        in the same pass; with `features` also the input of the last convolution (B, width, H, W), the reconstruction's
+        rows only; with `moments` also these, (B, 2z, ...); with a learned scale also log_scale (B,), natural logarithm.
         """
-        mean, logvar = self.encoder.posterior(image)
-        z = reparameterize(mean, logvar, noise)
+        found = self.encoder.moments(image)
+        z, kl = reparameterize_kl(found, noise)
         hidden = self.decoder.features(z if prior is None else torch.cat([z, prior]))
         parameters = full(self.decoder.head(hidden))
-        out = {"mean": mean, "logvar": logvar}
+        out = {"kl": kl}
         if prior is None:
             out["reconstruction"] = parameters
         else:
             out["reconstruction"], out["sample"] = torch.split(parameters, [len(z), len(prior)])
         if features:
             out["features"] = hidden[: len(z)]
+        if moments:
+            out["moments"] = full(found)
         if self.log_scale is not None:
             out["log_scale"] = self.log_scale.repeat(len(z))  # a view would escape no_grad
         return out

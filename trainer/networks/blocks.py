@@ -1,4 +1,4 @@
-"""The pieces that all networks are made of: normalisation, folded upsampling, residual blocks, stages, posterior rows.
+"""The pieces that all networks are made of: normalisation, folded upsampling, residual blocks, stages.
 
 Initialisation is torch's own, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, from torch's global generator,
 which the caller seeds. With it a convolution shrinks the variance about threefold, so a residual branch starts small.
@@ -6,6 +6,7 @@ No operation works in place and no module keeps buffers: a gradient penalty may 
 ranks have nothing to synchronise but gradients.
 """
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -14,11 +15,11 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from trainer.kernels.choose import differentiated_twice, is_differentiated_twice
+from trainer.kernels.convolution import Conv2d
 from trainer.kernels.group_norm_silu import group_norm_silu
 
 Norm = Literal["group", "none"]
-
-LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # Rombach et al. 2022 (their DiagonalGaussianDistribution)
 
 
 def normalisation(kind: Norm, channels: int) -> nn.Module:
@@ -72,8 +73,8 @@ class Residual(nn.Module):
     def __init__(self, channels: int, *, norm: Norm, activation: nn.Module) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *(*activated(norm, channels, activation), nn.Conv2d(channels, channels, 3, padding=1)),
-            *(*activated(norm, channels, activation), nn.Conv2d(channels, channels, 3, padding=1)),
+            *(*activated(norm, channels, activation), Conv2d(channels, channels, 3, padding=1)),
+            *(*activated(norm, channels, activation), Conv2d(channels, channels, 3, padding=1)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,9 +118,12 @@ def recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
         (layer, {} if compiling else dict(layer.named_parameters())) for layer in layers
     ]
 
+    twice = is_differentiated_twice()  # the layers must keep the same for backward both times
+
     def run(x: Tensor) -> Tensor:
-        for layer, weights in held:
-            x = functional_call(layer, weights, x) if weights else layer(x)
+        with differentiated_twice() if twice else contextlib.nullcontext():
+            for layer, weights in held:
+                x = functional_call(layer, weights, x) if weights else layer(x)
         return x
 
     # nothing inside is random
@@ -135,18 +139,3 @@ def rows(x: Tensor) -> Tensor:
 def full(x: Tensor) -> Tensor:
     """bfloat16 and float16 become float32 (losses and clamps need it), float32 and float64 stay."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def posterior(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """The encoder's output (B, 2z, ...) as mean and logvar, each (B, z, ...) float32, logvar clamped to [-30, 20].
-
-    exp of the clamped value is finite in float32. Beyond the clamp logvar has no
-    gradient: `clamped_share` of trainer/losses/divergence.py shows it.
-    """
-    mean, logvar = full(raw).chunk(2, dim=1)
-    return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
-
-
-def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """A sample of the posterior from standard normal noise of the mean's shape (Kingma and Welling 2014, eq. 4)."""
-    return torch.addcmul(mean, (0.5 * logvar).exp(), noise)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.kernels.reparameterize import posterior
 from trainer.networks.autoencoder import Autoencoder, check_counts
-from trainer.networks.blocks import GroupNormSiLU, UpConv, full, posterior, recomputed
+from trainer.networks.blocks import GroupNormSiLU, UpConv, full, recomputed
 from trainer.networks.shapes import ImageShape, check_divisible
 
 GROUPS, EPSILON = 32, 1e-6  # of every GroupNorm, in Rombach et al. 2022 and in diffusers
@@ -83,7 +84,7 @@ class KLAutoencoderConfig:
 
 
 class KLEncoder(nn.Module):
-    """Image (B, C, H, W) in [-1, 1] -> the posterior's mean and logvar, each (B, z, H / f, W / f), float32."""
+    """Image (B, C, H, W) in [-1, 1] -> the posterior's moments: mean and logvar, (B, 2z, H / f, W / f), float32."""
 
     def __init__(self, config: KLAutoencoderConfig, *, image: ImageShape) -> None:
         super().__init__()
@@ -117,8 +118,7 @@ class KLEncoder(nn.Module):
         return posterior(self.moments(image))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        mean, logvar = self.posterior(image)
-        return {"mean": mean, "logvar": logvar}
+        return {"moments": full(self.moments(image))}
 
 
 class KLDecoder(nn.Module):
