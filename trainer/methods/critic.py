@@ -29,6 +29,13 @@ class CriticConfig:
     gradient_penalty: float = 0.0
     """lambda of lambda (|grad D(mix)| - 1)^2 (Gulrajani et al. 2017); 10 in the paper. Mixes of each real image with
     every generated one of its row (reconstruction and prior sample count half each), before augmentation."""
+    penalty: Literal["exact", "finite_difference"] = "exact"
+    """How r1 and r2 are computed. exact: by differentiating the gradient. finite_difference: as |D(x + s n) - D(x)|^2 /
+    s^2, n standard normal, s = `sigma`: an approximation (aR1 of Lin et al. 2025, without 1 / s^2 there) for networks
+    without a second derivative; noisy, biased, and slower than exact (figures in trainer/losses/README.md)."""
+    sigma: float = 0.01
+    """Step of finite_difference, in units of [-1, 1]; 0.01 for images in Lin et al. Larger: more bias. Smaller: logits
+    whose difference is rounding."""
     penalty_interval: int = 0
     """Images from one penalty to the next (a multiple of the batch); each is then as many times as large, so the pull
     over time is the same (Karras et al. 2020). No learning rate is corrected: the penalty shares the loss's update. 0:
@@ -38,6 +45,10 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         bounds.at_least(0, self, "r1", "r2", "gradient_penalty", "penalty_interval")
+        if self.sigma <= 0:
+            raise ValueError(f"sigma: {self.sigma} is no step; 0.01 is Lin et al.'s for images")
+        if self.gradient_penalty and self.penalty == "finite_difference":
+            raise ValueError("penalty: finite_difference is of r1 and r2; gradient_penalty is always exact")
         if self.loss == "wasserstein" and not (self.r1 or self.r2 or self.gradient_penalty):
             raise ValueError(
                 "loss: wasserstein has no bound without a penalty; set gradient_penalty (10 in Gulrajani et al. 2017), "
@@ -67,18 +78,20 @@ class Critic:
 
         R1 and R2 differentiate the forward that the loss uses, augmentation included, at the images before it. The
         gradient penalty has a forward of its own, at mixes of the images before augmentation and not augmented."""
-        config = self.config
+        config, batch = self.config, len(real)
         now = run.images // self.batch % self.lazy == 0
         r1, r2, gp = (now and weight > 0 for weight in (config.r1, config.r2, config.gradient_penalty))
+        images = torch.cat([real, *fakes]).detach()
+        # rows are independent: one pass gives R1 at the real ones and R2 at the others; what has none is spared it
+        parts = [(images, r1)] if r1 == r2 else [(images[:batch], r1), (images[batch:], r2)]
 
         def judge(network: Any) -> dict[str, Tensor]:
-            images = torch.cat([real, *fakes]).detach().requires_grad_(r1 or r2)
-            logits = network(self.augmented(run, images))
-            out = {"real": logits[: len(real)], "fake": logits[len(real) :]}
-            if r1 or r2:  # rows are independent: one pass gives R1 at the real ones and R2 at the others
-                squares = penalties.r1(logits if r1 and r2 else out["real" if r1 else "fake"], images)
-                out |= {"r1": squares[: len(real)]} if r1 else {}
-                out |= {"r2": squares[len(real) :]} if r2 else {}
+            logits, squares = zip(*(self._judged(run, network, *part) for part in parts), strict=True)
+            out = {"logits": _joined(logits)}
+            if r1:
+                out["r1"] = squares[0][:batch]
+            if r2:
+                out["r2"] = squares[-1][-len(fakes) * batch :]
             if gp:
                 mix = run.uniform("critic/mix", (len(fakes),)).T.flatten()  # a draw for each fake of a row
                 out["gradient_penalty"] = penalties.wasserstein(
@@ -87,23 +100,35 @@ class Critic:
             return out
 
         out = run("discriminator", judge, exact=r1 or r2 or gp)
-        losses = self.loss.discriminator(out.real, out.fake)
-        run.note("logits/real", out.real)
-        run.note("logits/fake", out.fake)
-        if self.loss.paired:  # only differences count: a logit's sign means nothing
-            run.note("accuracy/pairs", (torch.cat([out.real] * len(fakes)) > out.fake).float())
-        else:
-            run.note("accuracy/real", (out.real > 0).float())
-            run.note("accuracy/fake", (out.fake < 0).float())
-        terms = {"adversarial": Term(_mean_over_fakes(losses, len(real)))}
+        verdict = self.loss.discriminator(out.logits, batch)
+        run.note("logits/real", out.logits[:batch])
+        run.note("logits/fake", out.logits[batch:])
+        for name, share in verdict.accuracy.items():
+            run.note(f"accuracy/{name}", share)
+        terms = {"adversarial": Term(verdict.loss)}
         if r1:
             terms["r1"] = Term(out.r1, weight=0.5 * config.r1 * self.lazy)
         if r2:
-            terms["r2"] = Term(_mean_over_fakes(out.r2, len(real)), weight=0.5 * config.r2 * self.lazy)
+            terms["r2"] = Term(_mean_over_fakes(out.r2, batch), weight=0.5 * config.r2 * self.lazy)
         if gp:
-            values = _mean_over_fakes(out.gradient_penalty, len(real))
+            values = _mean_over_fakes(out.gradient_penalty, batch)
             terms["gradient_penalty"] = Term(values, weight=config.gradient_penalty * self.lazy)
         return terms
+
+    def _judged(self, run: Run, network: Any, images: Tensor, penalised: bool) -> tuple[Tensor, Tensor]:
+        """The logits of `images`, and where they are penalised |grad D|^2 of each."""
+        if not penalised:
+            return network(self.augmented(run, images)), images
+        if self.config.penalty == "finite_difference":
+            sigma = self.config.sigma
+            groups = len(images) // len(run.batch.image)
+            noise = run.normal(f"critic/step{groups}", (groups, *images.shape[1:])).transpose(0, 1).flatten(0, 1)
+            both = self.augmented(run, torch.cat([images, images + sigma * noise]))
+            logits, moved = network(both).chunk(2)
+            return logits, penalties.finite_difference(logits, moved, sigma)
+        images = images.requires_grad_()
+        seen = self.augmented(run, images)
+        return penalties.with_norms(network(seen), seen, images)
 
     def fool(self, run: Run, real: Tensor, fakes: Sequence[Tensor]) -> list[Tensor]:
         """The generator's loss at each tensor of `fakes`, (B,) each, through the frozen discriminator."""
@@ -122,6 +147,10 @@ class Critic:
         groups = len(images) // len(run.batch.image)
         drawn = draws(run.uniform, self.config.augment)
         return torch.cat([apply(part, self.config.augment, drawn) for part in images.chunk(groups)])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _mean_over_fakes(values: Tensor, batch: int) -> Tensor:

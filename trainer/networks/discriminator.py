@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from trainer.kernels.convolution import Conv2d, LeakyReLU, Linear
 from trainer.networks.autoencoder import check_counts
 from trainer.networks.blocks import Body, Norm, full, normalisation, rows, stage
 from trainer.networks.shapes import ImageShape
@@ -90,12 +91,12 @@ class GlobalDiscriminator(nn.Module):
         for multiplier in config.multipliers:
             out = config.width * multiplier
             # 4 halves an even size exactly, 3 rounds an odd one up: no pixel is left out and none is seen more often
-            conv = nn.Conv2d(channels, out, (4 - size[0] % 2, 4 - size[1] % 2), stride=2, padding=1)
-            layers = stage([conv], out, blocks=config.blocks, norm=config.norm, activation=nn.LeakyReLU(SLOPE))
+            conv = Conv2d(channels, out, (4 - size[0] % 2, 4 - size[1] % 2), stride=2, padding=1)
+            layers = stage([conv], out, blocks=config.blocks, norm=config.norm, activation=LeakyReLU(SLOPE))
             stages.append(Body(layers, recompute=config.recompute))
             channels, size = out, (-(-size[0] // 2), -(-size[1] // 2))
         self.stages = nn.ModuleList(stages)
-        self.head = nn.Linear(channels * size[0] * size[1], 1)
+        self.head = Linear(channels * size[0] * size[1], 1)
 
     def features(self, image: Tensor) -> list[Tensor]:
         """The output of each stage, (B, C, h, w), then the logits (B,)."""
@@ -119,17 +120,17 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         config.check(image)
         channels = config.width
-        first = nn.Conv2d(image.channels, channels, 4, stride=2, padding=1)
-        stages: list[nn.Module] = [Body([first, nn.LeakyReLU(SLOPE)], recompute=config.recompute)]
+        first = Conv2d(image.channels, channels, 4, stride=2, padding=1)
+        stages: list[nn.Module] = [Body([first, LeakyReLU(SLOPE)], recompute=config.recompute)]
         for level in range(1, config.layers + 1):
             out = config.width * min(2**level, 8)
             stride = 2 if level < config.layers else 1
-            conv = nn.Conv2d(channels, out, 4, stride=stride, padding=1, bias=config.norm == "none")
-            layers = [conv, normalisation(config.norm, out), nn.LeakyReLU(SLOPE)]
+            conv = Conv2d(channels, out, 4, stride=stride, padding=1, bias=config.norm == "none")
+            layers = [conv, normalisation(config.norm, out), LeakyReLU(SLOPE)]
             stages.append(Body(layers, recompute=config.recompute))
             channels = out
         self.stages = nn.ModuleList(stages)
-        self.head = nn.Conv2d(channels, 1, 4, padding=1)
+        self.head = Conv2d(channels, 1, 4, padding=1)
         self.apply(_initialise)
 
     def features(self, image: Tensor) -> list[Tensor]:

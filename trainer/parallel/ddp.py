@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import optimizer
+from trainer.kernels.choose import differentiated_twice
 from trainer.parallel import accelerated
 from trainer.parallel.checksum import checksum
 from trainer.parallel.engine import Applied
@@ -59,8 +60,7 @@ class DDPEngine:
         return contextlib.nullcontext() if last or self.ranks.world == 1 else self.wrapped.no_sync()
 
     def run(self, call: Callable[[Any], T], *, last: bool, eager: bool = False) -> T:
-        stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
-        with self._sync(last), stance:
+        with self._sync(last), differentiated_twice() if eager else contextlib.nullcontext():
             return call(self.wrapped)
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:

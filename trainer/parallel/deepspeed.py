@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trainer import optimizer
+from trainer.kernels.choose import differentiated_twice
 from trainer.parallel import accelerated
 from trainer.parallel.checksum import checksum
 from trainer.parallel.config import DeepSpeedConfig
@@ -87,7 +88,7 @@ class DeepSpeedEngine:
     def run(self, call: Callable[[Any], T], *, last: bool, eager: bool = False) -> T:
         if not eager:
             return call(self.network)
-        with torch.compiler.set_stance("force_eager"):
+        with differentiated_twice():
             if self.stage == 3:
                 return call(self._whole())
             if self.half:  # float32 for what half precision would spoil; gradients reach the weights through the cast
