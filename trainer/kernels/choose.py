@@ -79,7 +79,8 @@ def choose(
     ValueError, naming operation and reason, where an implementation that was asked for cannot run."""
     asked = (_preferred.get(operation) or _preferred[""]) if impl is None else impl
     if torch.compiler.is_compiling():  # part of a graph that is compiled as a whole; nothing is said from in there
-        return "triton" if asked in ("auto", "triton") and _reason(like, unfit) is None else "eager"
+        fits = asked == "triton" or (asked == "auto" and like.device.type != "cpu")
+        return "triton" if fits and _reason(like, unfit) is None else "eager"
     if asked == "eager":
         return _say(operation, "eager", "asked for")
     if asked == "compiled" and (uncompilable is None or impl is not None):
