@@ -39,12 +39,13 @@ def group_norm_silu(
 
 
 def _plain(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = functional.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
-    y = functional.silu(y).to(x.dtype)
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # CUDA's group_norm forgets it
-        return y.contiguous(memory_format=torch.channels_last)
-    return y
+    dtype, wide = x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if not dtype == weight.dtype == bias.dtype == wide:  # calls that change nothing cost a small network more than sums
+        x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
+    y = functional.silu(functional.group_norm(x, groups, weight, bias, eps))
+    y = y if dtype == wide else y.to(dtype)
+    return y.contiguous(memory_format=torch.channels_last) if last else y  # CUDA's group_norm gives up that format
 
 
 def _unfit(x: Tensor, groups: int) -> str | None:
