@@ -40,7 +40,8 @@ from trainer.errors import boundary
 from trainer.kernels import choose
 from trainer.kernels.choose import preferred
 from trainer.losses.perceptual import Perceptual
-from trainer.networks import kl_autoencoder
+from trainer.networks.blocks import GroupNormSiLU, Residual
+from trainer.networks.kl_autoencoder import Attention, ResnetBlock
 from trainer.parallel import engines as all_engines
 from trainer.parallel.ddp import DDPEngine
 from trainer.parallel.engine import Applied
@@ -53,13 +54,14 @@ NORM, CONVOLUTION, LOSSES, HEAD, WEIGHTS = (
     "norm + activation", "convolutions", "losses", "perceptual head", "weights, moments, average",
 )  # fmt: skip
 PARTS: tuple[tuple[type[nn.Module], str], ...] = (
-    (kl_autoencoder.GroupNormSiLU, NORM),
+    (GroupNormSiLU, NORM),
     (nn.GroupNorm, NORM),
     (nn.SiLU, NORM),
     (nn.LeakyReLU, NORM),
     (nn.Conv2d, CONVOLUTION),
-    (kl_autoencoder.Attention, "attention"),
-    (kl_autoencoder.ResnetBlock, "residual adds"),
+    (Attention, "attention"),
+    (ResnetBlock, "residual adds"),
+    (Residual, "residual adds"),
 )
 """What an operation counts as, by the innermost module that it runs in."""
 TWICE = ("native_group_norm", "group_norm_silu", "group_norm")
@@ -234,7 +236,7 @@ def taking(impl: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(choose, "INTERPRETED", True))
         if impl == "plain":
             stack.enter_context(mock.patch.object(nn.GroupNorm, "forward", _plain_norm))
-            stack.enter_context(mock.patch.object(kl_autoencoder.GroupNormSiLU, "forward", _plain_pair))
+            stack.enter_context(mock.patch.object(GroupNormSiLU, "forward", _plain_pair))
         stack.enter_context(preferred("triton" if impl == "triton" else "eager"))
         yield
 

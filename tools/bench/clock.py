@@ -5,10 +5,12 @@ machine slows all of them alike, and the minimum is what counts. On a GPU events
 flushed by a write larger than they are.
 """
 
-import gc
+import contextlib
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -85,37 +87,45 @@ def copy_of(size: int, device: torch.device) -> Call:
     return lambda: target.copy_(source)
 
 
-def launches(call: Call, device: torch.device) -> int:
-    """Kernels on a GPU, memory sets and copies too; on a CPU torch's operations that were called from outside torch."""
+def profiled(call: Call, device: torch.device) -> tuple[int, int]:
+    """Of one call: launches, and bytes allocated at once on top of what was there.
+
+    Launches are kernels on a GPU, memory sets and copies too; on a CPU torch's operations called from outside torch."""
     call()
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-    events = found.events() or []
     if cuda:
-        return sum(event.device_type == DeviceType.CUDA for event in events)
-    return sum(event.cpu_parent is None and "::" in event.name for event in events)
-
-
-def peak(call: Call, device: torch.device) -> int:
-    """Bytes that a call has allocated at once, on top of what was there."""
-    call()
-    gc.collect()
-    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with _quiet(), profile(activities=kinds, profile_memory=not cuda) as found:
         with record_function("measured"):
             call()
+            if cuda:
+                torch.cuda.synchronize()
         with record_function("rest"):
-            gc.collect()
-    return allocated(found)["allocated_peak"]
+            pass
+    events = found.events() or []
+    if cuda:
+        kernels = sum(event.device_type == DeviceType.CUDA and "::" not in event.name for event in events)
+        return kernels, torch.cuda.max_memory_allocated() - before
+    outer = [event for event in events if event.cpu_parent is not None and event.cpu_parent.name == "measured"]
+    threads = [event for event in events if event.cpu_parent is None and "::" in event.name]  # autograd's own, if any
+    return sum("::" in event.name for event in outer) + len(threads), allocated(found)["allocated_peak"]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler prints when it starts and stops, in some builds of torch."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def allocated(found: Any) -> dict[str, int]:
