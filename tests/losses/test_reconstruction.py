@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainer.losses.reconstruction import (
     Bernoulli,
+    Charbonnier,
     Gaussian,
     Laplace,
     Likelihood,
@@ -19,7 +20,13 @@ from trainer.losses.reconstruction import (
     dequantize,
 )
 
-ALL = [Bernoulli(), Gaussian(scale=0.3), Laplace(scale=0.3), LogisticMixture(components=4)]
+ALL = [
+    Bernoulli(),
+    Gaussian(scale=0.3),
+    Laplace(scale=0.3),
+    Charbonnier(scale=0.3, softness=0.1),
+    LogisticMixture(components=4),
+]
 LEVELS = torch.arange(256).double() / 127.5 - 1.0
 
 
@@ -118,10 +125,16 @@ def test_a_likelihood_is_chosen_by_its_kind_and_a_wrong_one_is_refused() -> None
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
-@pytest.mark.parametrize("config", [Gaussian, Laplace])
+@pytest.mark.parametrize("config", [Gaussian, Laplace, Charbonnier])
 def test_a_scale_that_is_none_is_refused_by_name(config, scale: float) -> None:
     with pytest.raises(ValueError, match=r"^scale: "):
         config(scale=scale)
+
+
+@pytest.mark.parametrize("softness", [0.0, -1.0, 1e-7, 11.0, math.nan, math.inf])
+def test_a_softness_that_float32_cannot_have_is_refused_by_name(softness: float) -> None:
+    with pytest.raises(ValueError, match=r"^softness: .*laplace"):
+        Charbonnier(softness=softness)
 
 
 def test_a_mixture_of_nothing_is_refused_by_name() -> None:
@@ -132,7 +145,7 @@ def test_a_mixture_of_nothing_is_refused_by_name() -> None:
 def test_bernoulli_on_colour_gives_a_hint_and_no_error() -> None:
     assert Bernoulli().hint(1) is None
     assert "colour" in str(Bernoulli().hint(3))
-    assert [one.hint(3) for one in ALL[1:]] == [None] * 3
+    assert [one.hint(3) for one in ALL[1:]] == [None] * 4
 
 
 # ---------------------------------------------------------------- Bernoulli (F3-3)
@@ -189,7 +202,7 @@ def test_a_density_is_that_of_torch_distributions(likelihood, density) -> None:
     torch.testing.assert_close(likelihood.nll(mean, x), -density(mean, 0.2).log_prob(x).sum((1, 2, 3)))
 
 
-@pytest.mark.parametrize("config", [Gaussian, Laplace])
+@pytest.mark.parametrize("config", [Gaussian, Laplace, Charbonnier])
 def test_a_learned_scale_starts_at_the_configured_one_and_feels_the_errors(config) -> None:
     mean, x = parameters(config(), 1, (2, 4, 4)), images((2, 1, 4, 4))
     fixed, learned = config(scale=0.5), config(scale=0.5, learn_scale=True)
@@ -202,9 +215,18 @@ def test_a_learned_scale_starts_at_the_configured_one_and_feels_the_errors(confi
     )
 
 
+def test_charbonnier_is_laplace_but_for_errors_below_its_softness() -> None:
+    x = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
+    error = torch.tensor([[[[1e-5, 0.5]]]], dtype=torch.float64, requires_grad=True)
+    (soft,) = torch.autograd.grad(Charbonnier(scale=0.1).nll(error, x).sum(), error)
+    assert soft.flatten().tolist() == pytest.approx([10 * 0.1 / math.hypot(0.1, 1.0), 10.0], rel=1e-6)
+    gap = Charbonnier(scale=0.1).nll(error, x) - Laplace(scale=0.1).nll(error, x)
+    assert abs(gap.item()) < 2e-3  # less than two softnesses
+
+
 def test_the_best_scale_is_the_error_that_is_there() -> None:
     error = torch.full((1, 1, 4, 4), 0.2)
-    for config in (Gaussian, Laplace):
+    for config in (Gaussian, Laplace, Charbonnier):
         at = {s: config(scale=s).nll(torch.zeros(1, 1, 4, 4), error).item() for s in (0.18, 0.2, 0.22)}
         assert min(at, key=at.__getitem__) == 0.2
 

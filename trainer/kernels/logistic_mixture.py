@@ -110,10 +110,10 @@ def _standard(at, mean, to_scale, level, mask):
 
 @triton.jit
 def _log_mass(level, above, below, width):
-    """log of a component's probability of a level."""
-    upper = tl.where(level < 255.0, tl.where(above < 0.0, above, 0.0) - log1p(tl.exp(-tl.abs(above))), 0.0)
-    lower = tl.where(level > 0.0, tl.where(below < 0.0, below, 0.0) - log1p(tl.exp(-tl.abs(below))), 0.0)
-    return upper + lower + tl.where((level > 0.0) & (level < 255.0), tl.log(_width(width)), 0.0)
+    """log of a component's probability of a level; a level of NaN has every edge, and shows."""
+    upper = tl.where(level >= 255.0, 0.0, tl.where(above < 0.0, above, 0.0) - log1p(tl.exp(-tl.abs(above))))
+    lower = tl.where(level <= 0.0, 0.0, tl.where(below < 0.0, below, 0.0) - log1p(tl.exp(-tl.abs(below))))
+    return upper + lower + tl.where((level <= 0.0) | (level >= 255.0), 0.0, tl.log(_width(width)))
 
 
 @triton.jit
@@ -186,10 +186,10 @@ def _mixture_nll_backward(
             level = _level(of_image + c * i_channel, mask)
             mean = (K + c * K + k) * p_channel
             above, below, width, within = _standard(at, mean, C * K * p_channel, level, mask)
-            upper = tl.where(level < 255.0, _complement(above), 0.0)
-            lower = tl.where(level > 0.0, _complement(below), 0.0)
-            inner = (level > 0.0) & (level < 255.0)
-            narrower = tl.where(inner, width * tl.exp(-width) / _width(width), 0.0)
+            upper = tl.where(level >= 255.0, 0.0, _complement(above))
+            lower = tl.where(level <= 0.0, 0.0, _complement(below))
+            edge = (level <= 0.0) | (level >= 255.0)
+            narrower = tl.where(edge, 0.0, width * tl.exp(-width) / _width(width))
             slope = share * 127.5 * width * (lower - upper)
             tl.store(to + mean, slope.to(out.dtype.element_ty), mask=mask)
             slope = tl.where(within, -share * (above * upper + below * lower + narrower), 0.0)
