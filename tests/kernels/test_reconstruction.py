@@ -210,7 +210,7 @@ def test_operators_pass_torchs_own_checks() -> None:
 
 
 @triton
-@pytest.mark.parametrize("kind", ["gaussian", "mixture"])
+@pytest.mark.parametrize("kind", ["charbonnier", "mixture"])
 def test_a_kernel_is_a_node_of_a_compiled_graph(kind: str) -> None:
     x, image = predictions(kind, (2, 3, 5, 3)).requires_grad_(), images((2, 3, 5, 3))
 
@@ -252,11 +252,13 @@ def test_a_kernel_without_its_casts_to_float32_is_found_out(kind: str, tmp_path:
     named = {"mixture": {"components": 2}, "charbonnier": {"softness": 0.3}}.get(kind, {})
     x, image = predictions(kind, (2, 3, 7, 5), torch.bfloat16), images((2, 3, 7, 5)).bfloat16()
     nats, _ = truth(getattr(module, name), x, image, **named)
-    if kind in ("laplace", "gaussian"):
-        assert not error(getattr(changed, name)(x, image, impl="triton", **named), nats) < VALUE[torch.float32]
-    else:  # roots and exponentials of bfloat16 do not even compile
-        with pytest.raises(Exception, match="bf16"):
-            getattr(changed, name)(x, image, impl="triton", **named)
+    try:
+        found = getattr(changed, name)(x, image, impl="triton", **named)
+    except Exception as refused:  # roots and exponentials of bfloat16 do not even compile
+        if "bf16" not in str(refused):
+            raise
+    else:
+        assert not error(found, nats) < VALUE[torch.float32]
 
 
 # ---------------------------------------------------------------- extremes

@@ -114,13 +114,19 @@ def _plain(
 def _constant(kind: Kind, softness: float) -> float:
     """What an element costs at its centre, at scale 1."""
     if kind == "charbonnier":
-        return log_normaliser(softness)
+        constant: float = log_normaliser(softness)
+        return constant
     return {"laplace": math.log(2.0), "gaussian": 0.5 * math.log(2.0 * math.pi), "bernoulli": 0.0}[kind]
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def log_normaliser(softness: float) -> float:
     """log of the integral of exp(softness - sqrt(u^2 + softness^2)) over u: log(2 softness e^softness K1(softness))."""
+    return _log_normaliser(softness)
+
+
+@lru_cache(maxsize=64)
+def _log_normaliser(softness: float) -> float:
     at = torch.tensor(softness, dtype=torch.float64, device="cpu")
     return math.log(2.0 * softness * float(torch.special.scaled_modified_bessel_k1(at)))
 
