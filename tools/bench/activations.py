@@ -19,9 +19,8 @@ import tempfile
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,20 +31,20 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tools.bench import models, turns
+from tools.bench import models, own, turns
 from trainer import build
 from trainer.config import Config
 from trainer.data import Batch
 from trainer.errors import boundary
 from trainer.kernels import choose
 from trainer.kernels.choose import preferred
+from trainer.losses import reconstruction
 from trainer.losses.perceptual import Perceptual
 from trainer.networks.blocks import GroupNormSiLU, Residual
 from trainer.networks.kl_autoencoder import Attention, ResnetBlock
 from trainer.parallel import engines as all_engines
 from trainer.parallel.ddp import DDPEngine
 from trainer.parallel.engine import Applied
-from trainer.parallel.ranks import Ranks
 from trainer.phase import Run
 from trainer.step import train_step
 
@@ -241,14 +240,6 @@ def taking(impl: str) -> Iterator[None]:
         yield
 
 
-def _alone() -> Ranks:
-    """One process that no launcher has started."""
-    found = Ranks.__new__(Ranks)
-    found.rank, found.world, found.device, found._host = 0, 1, torch.device("cpu"), None
-    found.accelerator = SimpleNamespace(distributed_type=None, prepare_model=lambda network: network)  # type: ignore[assignment]
-    return found
-
-
 def count(config: Config, impl: str, *, updates: int = 2) -> dict[str, Any]:
     """Figures of the last of `updates` updates, in bytes."""
     method = build.build_method(config, device=torch.device("cpu"))
@@ -264,9 +255,11 @@ def count(config: Config, impl: str, *, updates: int = 2) -> dict[str, Any]:
             _fake(module)
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self))
         stack.enter_context(mock.patch.object(all_engines, "DDPEngine", _Engine))
-        stack.enter_context(taking(impl))
-        ranks = _alone()
+        stack.enter_context(mock.patch.object(reconstruction, "check_targets", lambda image: None))
+        ranks = own.alone(torch.device("cpu"))
+        stack.enter_context(preferred("auto"))  # restores what the next line prefers
         engines = build.build_engines(config, method, networks, ranks)
+        stack.enter_context(taking(impl))
         run = _Run(engines, seed=0, balance=method.balance, precision=config.precision)
         position = torch.zeros(config.batch, dtype=torch.int64)
         for engine in engines.values():
@@ -316,22 +309,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def describe(rows: list[dict[str, Any]]) -> None:
-    table: list[tuple[str, Callable[[Mapping[str, Any]], float]]] = [
-        ("GB at the peak", lambda row: row["peak"]),
-        *((f"  {part}", lambda row, part=part: row["at_peak"].get(part, 0)) for part in _parts(rows, "at_peak")),
-        ("GB between updates", lambda row: row["held"]),
-        ("GB moved in an update", lambda row: row["moved"]),
-        *((f"  {part}", lambda row, part=part: row["moved_by"].get(part, 0)) for part in _parts(rows, "moved_by")),
-    ]  # fmt: skip
-    print(f"{'':30}" + "".join(f"{row['impl']:>18}" for row in rows))
-    total = "peak"
-    for name, value in table:
-        total = "moved" if name.startswith("GB moved") else total
-        cells = []
-        for row in rows:
-            share = f" {value(row) / row[total]:5.1%}" if name.startswith("  ") else " " * 6
-            cells.append(f"{value(row) / 1e9:11.2f}{share:>7}")
-        print(f"{name:30}" + "".join(cells), flush=True)
+    unit, name = (1e9, "GB") if rows[0]["peak"] > 1e9 else (1e6, "MB")
+    print(f"{name:30}" + "".join(f"{row['impl']:>18}" for row in rows))
+    for title, key, parts in (
+        ("at the peak", "peak", "at_peak"),
+        ("between updates", "held", ""),
+        ("moved in an update", "moved", "moved_by"),
+    ):
+        print(f"{title:30}" + "".join(f"{row[key] / unit:11.2f}{'':7}" for row in rows))
+        for part in _parts(rows, parts) if parts else []:
+            cells = [(row[parts].get(part, 0), row[key]) for row in rows]
+            print(f"  {part:28}" + "".join(f"{size / unit:11.2f} {size / total:6.1%}" for size, total in cells))
 
 
 def _parts(rows: list[dict[str, Any]], key: str) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from tools.bench import clock, turns
 from tools.bench.cases import Case, cases
@@ -174,7 +175,7 @@ def overhead(rounds: int) -> Row:
 
 
 # ---------------------------------------------------------------------------------------------- what is printed
-def told(row: Row) -> list[str]:
+def cells_of(row: Row) -> list[str]:
     """The cells of a row, in the order of COLUMNS."""
     shown = {
         "ms": "{:.3f}", "ms_median": "{:.3f}", "gb_s": "{:.1f}", "copy_gb_s": "{:.1f}", "of_copy": "{:.2f}",
@@ -191,7 +192,7 @@ def told(row: Row) -> list[str]:
 
 def describe(rows: Sequence[Row]) -> None:
     """One operation's rows."""
-    table = [list(COLUMNS.values()), *(told(row) for row in rows if "ms" in row)]
+    table = [list(COLUMNS.values()), *(cells_of(row) for row in rows if "ms" in row)]
     widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
     for line in table:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -205,12 +206,24 @@ def describe(rows: Sequence[Row]) -> None:
 def table(device: str, ops: Sequence[str], *, rounds: int, quick: bool) -> Iterator[list[Row]]:
     """The rows of each case."""
     torch.manual_seed(0)
+    functorch.donated_buffer = False  # a compiled backward is timed again and again on one forward
     impls = [impl for impl in IMPLS[device] if not (quick and impl == "compiled")]
     if LACKING is not None:
         impls = [impl for impl in impls if impl != "triton"]
     for case in cases(device, quick=quick):
         if case.op in ops:
             yield list(measure(case, torch.device(device), impls, rounds=rounds))
+
+
+def _write(given: argparse.Namespace, argv: list[str], rows: list[Row], more: Row) -> None:
+    if given.csv is not None:
+        with given.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*COLUMNS, "absent", "refused"])
+            writer.writeheader()
+            writer.writerows(rows)
+    if given.json is not None:
+        where = turns.where(["python -m tools.bench.losses", *argv], ("torch", "triton"))
+        given.json.write_text(json.dumps({**where, **more, "device": given.device, "rows": rows}, indent=1) + "\n")
 
 
 def main(argv: list[str]) -> int:
@@ -221,22 +234,16 @@ def main(argv: list[str]) -> int:
     for some in table(given.device, given.ops, rounds=rounds, quick=given.quick):
         describe(some)
         rows += some
+        _write(given, argv, rows, {})  # after each: who is stopped keeps what there is
     refused = [row for row in rows if "refused" in row]
-    slower = False
-    where = turns.where(["python -m tools.bench.losses", *argv], ("torch", "triton"))
+    slower, more = False, {}
     if given.device == "cpu":
-        found = where["overhead"] = overhead(rounds)
-        slower = found["auto_us"] - found["eager_us"] > SLOWER
+        found = overhead(rounds)
+        slower, more = found["auto_us"] - found["eager_us"] > SLOWER, {"overhead": found}
         word = "SLOWER than" if slower else "as fast as"
-        print(f"auto is {word} eager: {found['op']} takes {found['auto_us']:.1f} and "
-              f"{found['eager_us']:.1f} us a call, of which choosing {found['choose_us']:.1f}")  # fmt: skip
-    if given.csv is not None:
-        with given.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, "absent", "refused"])
-            writer.writeheader()
-            writer.writerows(rows)
-    if given.json is not None:
-        given.json.write_text(json.dumps({**where, "device": given.device, "rows": rows}, indent=1) + "\n")
+        told = f"{found['op']} takes {found['auto_us']:.1f} and {found['eager_us']:.1f} us a call"
+        print(f"auto is {word} eager: {told}, of which choosing {found['choose_us']:.1f}")
+    _write(given, argv, rows, more)
     for row in refused:
         print(f"refused: {row['op']} {row['shape']} {row['dtype']} {row['impl']}: {row['refused']}", file=sys.stderr)
     return 1 if refused or slower else 0

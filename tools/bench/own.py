@@ -1,6 +1,7 @@
 """Tandem's own loop, from a tensor in memory and from its stream of shards."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from trainer.parallel.engine import Engine
 from trainer.parallel.ranks import Ranks
 from trainer.phase import Run
 from trainer.step import means, train_step
+
+
+def alone(device: torch.device) -> Ranks:
+    """One process that no launcher has started and Accelerate knows nothing of, which a bare machine may lack."""
+    found = Ranks.__new__(Ranks)
+    found.rank, found.world, found.device, found._host, found._store = 0, 1, device, None, None
+    found.accelerator = SimpleNamespace(distributed_type=None, prepare_model=lambda network: network)
+    return found
 
 
 def in_memory(pixels: Tensor, config: Config) -> Iterator[RawBatch]:

@@ -33,10 +33,9 @@ from trainer.kernels import choose
 from trainer.kernels.choose import Impl, preferred
 from trainer.kernels.program import LACKING
 from trainer.methods import Method
-from trainer.parallel.config import DDPConfig
 from trainer.parallel.ddp import DDPEngine
 from trainer.parallel.engine import Applied, Engine
-from trainer.parallel.ranks import Ranks, start
+from trainer.parallel.ranks import Ranks
 
 IMAGES = 256
 """In memory."""
@@ -250,11 +249,11 @@ def configs(given: argparse.Namespace, folder: Path) -> dict[str, Config]:
     }  # fmt: skip
 
 
-def main(argv: list[str], *, ranks: Ranks | None = None) -> int:
+def main(argv: list[str]) -> int:
     given = parse(argv)
     if given.device == "cpu":
         torch.set_num_threads(1)
-    ranks = start(DDPConfig()) if ranks is None else ranks
+    ranks = own.alone(torch.device(given.device))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="tandem-step-") as folder:
         for name, config in configs(given, Path(folder)).items():
@@ -262,9 +261,9 @@ def main(argv: list[str], *, ranks: Ranks | None = None) -> int:
             some = measure(name, config, ranks, given)
             describe(some)
             rows += some
-    if given.out is not None:
-        where = turns.where(["python -m tools.bench.step", *argv], ("torch", "triton"))
-        given.out.write_text(json.dumps({**where, "device": given.device, "rows": rows}, indent=1) + "\n")
+            if given.out is not None:  # after each model: who is stopped keeps what there is
+                where = turns.where(["python -m tools.bench.step", *argv], ("torch", "triton"))
+                given.out.write_text(json.dumps({**where, "device": given.device, "rows": rows}, indent=1) + "\n")
     return 0
 
 
