@@ -171,3 +171,92 @@ def test_penalties_are_taken_at_the_images_before_augmentation(ranks: Ranks) -> 
     values = terms_at(made, 0)["r1"].value
     assert bool((values < 9.0).all())
     assert math.isfinite(float(values.detach().sum()))
+
+
+@pytest.mark.parametrize("name", ["r1", "r2"])
+def test_over_an_interval_a_lazy_penalty_pulls_as_much_as_one_in_every_update_in_as_many_steps(
+    ranks: Ranks, name: str
+) -> None:
+    """So the rate and the betas of Karras et al. 2020, appendix B, which make up for k + 1 steps in the place of k, do
+    not apply. On a discriminator whose penalty is the same at every image, the means are the same."""
+    critic = {"loss": "relativistic", name: GAMMA}
+    means, rates, steps = [], [], []
+    for interval in (0, LAZY * BATCH):
+        made = game(ranks, critic | {"penalty_interval": interval})
+        network = made.engines["discriminator"].network
+        total = torch.zeros_like(network.w)
+        for update in range(LAZY):
+            terms = terms_at(made, update)
+            if name in terms:
+                total += hand_over(made, "discriminator", {name: terms[name]})["discriminator"]["w"]
+        means.append(total / LAZY)
+        rates.append(made.engines["discriminator"].rate(BATCH))
+        taken: list[None] = []
+        optimizer = made.engines["discriminator"].optimizer  # type: ignore[attr-defined]
+        optimizer.register_step_post_hook(lambda *_, taken=taken: taken.append(None))
+        for update in range(LAZY):
+            made.update(update)
+        steps.append(len(taken))
+    torch.testing.assert_close(means[0], means[1], rtol=1e-5, atol=0)
+    assert rates[0] == rates[1] and steps == [LAZY, LAZY]
+
+
+@pytest.mark.parametrize("loss", ["relativistic", "hinge"])
+@pytest.mark.parametrize("augment", [[], ["color", "cutout"]])
+def test_each_penalty_alone_is_that_of_both(ranks: Ranks, loss: str, augment: list[str]) -> None:
+    """Alone it differentiates its own images only, in a forward of their own."""
+    found = {}
+    for given in ({"r1": GAMMA, "r2": GAMMA}, {"r1": GAMMA}, {"r2": GAMMA}, {}):
+        tree = {
+            "kind": "gan",
+            "generator": {"kind": "conv", "width": 8, "multipliers": [1, 2], "latent": 4},
+            "discriminator": {"kind": "global", "width": 8, "multipliers": [1, 2]},
+            "critic": {"loss": loss, "augment": augment, **given},
+        }
+        made = small(make_config(tree, "sgd", 1, 1), ranks)
+        terms = terms_at(made, 0)
+        assert set(terms) == {"adversarial", *given}
+        found[tuple(given)] = {
+            name: (
+                term.value.detach(),
+                hand_over(made, "discriminator", {name: terms_at(made, 0)[name]})["discriminator"],
+            )
+            for name, term in terms.items()
+        }
+    both = found["r1", "r2"]
+    for some in found.values():
+        for name, (value, gradients) in some.items():
+            torch.testing.assert_close(value, both[name][0], rtol=1e-5, atol=1e-6)
+            largest = max(float(one.abs().max()) for one in both[name][1].values())
+            for key, one in gradients.items():
+                torch.testing.assert_close(one, both[name][1][key], rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_finite_differences_are_those_of_each_images_own_noise(ranks: Ranks) -> None:
+    """D(x) = w x, so each is (w n)^2, whatever sigma: by position, the same for any sharing out."""
+    critic = {"loss": "relativistic", "r1": GAMMA, "r2": GAMMA, "penalty": "finite_difference", "sigma": 0.1}
+    made = game(ranks, critic)
+    terms, w = terms_at(made, 0), made.engines["discriminator"].network.w.detach()
+    noise = made.run.normal("critic/step2", (2, 1, SIZE, SIZE))
+    for name, own in zip(("r1", "r2"), noise.unbind(1), strict=True):
+        torch.testing.assert_close(terms[name].value, (own.flatten(1) @ w).square(), rtol=1e-3, atol=1e-3)
+        assert terms[name].weight == 0.5 * GAMMA
+    gradient = hand_over(made, "discriminator", {"r1": terms_at(made, 0)["r1"]})["discriminator"]["w"]
+    n = noise[:, 0].flatten(1)
+    torch.testing.assert_close(gradient, GAMMA * ((n @ w)[:, None] * n).mean(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("critic", "match"),
+    [
+        ({"loss": "hinge", "r1": 1.0, "penalty": "finite_difference", "sigma": 0.0}, "sigma: 0.0 is no step"),
+        (
+            {"loss": "hinge", "gradient_penalty": 1.0, "penalty": "finite_difference"},
+            "gradient_penalty is always exact",
+        ),
+        ({"loss": "hinge", "r1": 1.0, "penalty": "quick"}, "penalty"),
+    ],
+)
+def test_a_penalty_that_cannot_be_taken_so_is_refused(ranks: Ranks, critic: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        game(ranks, critic)

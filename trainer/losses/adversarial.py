@@ -76,8 +76,8 @@ def wasserstein_discriminator(logits: Tensor, batch: int) -> Verdict:
 
 def relativistic_discriminator(logits: Tensor, batch: int) -> Verdict:
     """softplus(-(D(x) - D(G(z)))) of pairs (Huang et al. 2024, R3GAN; Jolicoeur-Martineau 2019)."""
-    rows = _rows(logits, batch)
-    wrong = rows[1:] - rows[:1]  # D(G(z)) - D(x), (k, B, patches)
+    real, fake = torch.split(_rows(logits, batch), [1, len(logits) // batch - 1])
+    wrong = fake - real
     return Verdict(softplus(wrong).mean((0, 2)), {"pairs": _right(wrong).flatten()})
 
 
@@ -116,16 +116,20 @@ def _wrong(logits: Tensor, batch: int) -> Tensor:
 
 
 def _by_sign(losses: Tensor, wrong: Tensor) -> Verdict:
-    """Of the real image and the mean over its fakes, the loss is the sum."""
-    each = losses.mean(2)
+    """The loss is the sum of the real image's and of the mean over its fakes."""
+    real, fake = torch.split(_mean(losses), [1, len(losses) - 1])
     right = _right(wrong)
-    loss = each.sum(0) if len(each) == 2 else each[0] + each[1:].mean(0)
-    return Verdict(loss, {"real": right[0], "fake": right[1:].flatten()})
+    return Verdict((real + fake.mean(0)).squeeze(0), {"real": right[0], "fake": right[1:].flatten()})
 
 
 def _right(wrong: Tensor) -> Tensor:
     """The share of a sample's patches that are on the right side."""
-    return (wrong.detach() < 0).float().mean(2)
+    return _mean((wrong.detach() < 0).float())
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Over patches."""
+    return x.squeeze(2) if x.shape[2] == 1 else x.mean(2)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class CriticConfig:
     whose difference is rounding."""
     penalty_interval: int = 0
     """Images from one penalty to the next (a multiple of the batch); each is then as many times as large, so the pull
-    over time is the same (Karras et al. 2020). No learning rate is corrected: the penalty shares the loss's update. 0:
+    over time is the same (Karras et al. 2020). Their correction of lr and betas by k / (k + 1) is for k + 1 optimiser
+    steps in the place of k, their penalty having one of its own; here it shares the loss's, so there is none. 0:
     always."""
     augment: tuple[Policy, ...] = ()
     """Differentiable augmentation of real and fake in both phases (Zhao et al. 2020): color, translation, cutout."""
@@ -88,10 +89,10 @@ class Critic:
         def judge(network: Any) -> dict[str, Tensor]:
             logits, squares = zip(*(self._judged(run, network, *part) for part in parts), strict=True)
             out = {"logits": _joined(logits)}
-            if r1:
-                out["r1"] = squares[0][:batch]
-            if r2:
-                out["r2"] = squares[-1][-len(fakes) * batch :]
+            if r1 and r2:
+                out["r1"], out["r2"] = torch.split(squares[0], [batch, len(fakes) * batch])
+            elif r1 or r2:
+                out |= {"r1": squares[0]} if r1 else {"r2": squares[1]}
             if gp:
                 mix = run.uniform("critic/mix", (len(fakes),)).T.flatten()  # a draw for each fake of a row
                 out["gradient_penalty"] = penalties.wasserstein(
