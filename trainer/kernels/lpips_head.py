@@ -3,8 +3,9 @@
     u = a / (|a| + 1e-10), v = b / (|b| + 1e-10)         over the channels of a pixel
     distance = sum over maps of  mean over pixels of  sum over channels of  w (u - v)^2
 
-A feature vector of length 0 has u = 0 and gradient 0: the reference code's square root has no slope there and returns
-NaN (LPIPS issues 69 and 121). Equal maps are at distance 0, exactly.
+A feature vector of length 0 (below 1e-19, the square of which is no normal float32) has u = 0 and gradient 0: the
+reference code's square root has no slope there and returns NaN (LPIPS issues 69 and 121). Equal maps are at distance 0,
+exactly.
 
 The kernel reads each map once a pass, forward and backward, keeps nothing for the backward but the maps, and writes
 nothing in the forward but a partial sum a tile: plain torch moves 98 bytes an element of bfloat16 maps, the kernel 10.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.choose import Impl, choose, compiled
-from trainer.kernels.program import channels_last, dense, tl, triton
+from trainer.kernels.program import channels_last, dense, like, tl, triton
 
 EPSILON = 1e-10  # as in lpips
 _ELEMENTS = 2048  # of a tile: 16 of each map a thread, so that all stays in registers at 4 to 8 blocks a processor
@@ -49,8 +50,9 @@ def _plain(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[Tensor] |
 
 def _term(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
     """The part of one map, (B,)."""
-    channel, pixels = 1, (2, 3)
-    if not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last):
+    a = dense(a)
+    b, channel, pixels = like(b, a), 1, (2, 3)  # equal values then round equally
+    if channels_last(a):
         # as (B, h, w, C): broadcast in the order of memory, gradients lie in that order too; otherwise autograd makes
         # contiguous ones, in twice the time, and the network goes on with those
         a, b, channel, pixels = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1), 3, (1, 2)
@@ -67,7 +69,7 @@ def _exact(x: Tensor) -> Tensor:
 def _inverse(x: Tensor, channel: int) -> Tensor:
     """1 / (|x| + EPSILON). Of no length it is 1 / infinity: 0, as is any derivative through it."""
     squares = (x * x).sum(channel, keepdim=True)
-    return (squares.masked_fill(squares == 0, torch.inf).sqrt() + EPSILON).reciprocal()
+    return (squares.masked_fill(squares < torch.finfo(x.dtype).tiny, torch.inf).sqrt() + EPSILON).reciprocal()
 
 
 def _unfit(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[Tensor] | None) -> str | None:
@@ -110,13 +112,13 @@ def _cells(HW, C: tl.constexpr, P: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _place(pixel, channel, HW, C: tl.constexpr, LAST: tl.constexpr):
-    """Where a tile lies in the map, which lies channels last or contiguous; the offset of the sample is 64 bits."""
-    start = tl.program_id(0).to(tl.int64) * (HW * C)
+def _place(x, pixel, channel, HW, C: tl.constexpr, LAST: tl.constexpr):
+    """Pointers to a tile of the map x, which lies channels last or contiguous; the offset of a sample is 64 bits."""
+    sample = x + tl.program_id(0).to(tl.int64) * (HW * C)
     if LAST:
-        return start + (pixel * C + channel)
+        return sample + (pixel * C + channel)
     else:
-        return start + (channel * HW + pixel)
+        return sample + (channel * HW + pixel)
 
 
 @triton.jit
@@ -129,13 +131,13 @@ def _weights(weight, channel, C: tl.constexpr, WEIGHED: tl.constexpr):
 
 
 @triton.jit
-def _inverses(x):
-    """1 / (|x| + EPSILON) and 1 / |x| of each pixel, (P, 1); 0 of no length."""
+def _units(x):
+    """Of a tile x: u = x / (|x| + EPSILON); 1 / (|x| + EPSILON), 0 of no length; (|x| + EPSILON) / |x|."""
     squares = tl.sum(x * x, 1)[:, None]
-    empty = squares == 0.0
-    length = tl.sqrt_rn(tl.where(empty, 1.0, squares))
-    one = tl.full(length.shape, 1.0, tl.float32)
-    return tl.where(empty, 0.0, tl.div_rn(one, length + 1e-10)), tl.where(empty, 0.0, tl.div_rn(one, length))
+    empty = squares < 1.1754943508222875e-38
+    length = tl.sqrt(tl.where(empty, 1.0, squares))
+    inverse = tl.where(empty, 0.0, 1.0 / (length + 1e-10))
+    return x * inverse, inverse, 1.0 + 1e-10 / length
 
 
 @triton.jit
@@ -143,12 +145,9 @@ def _distances(a, b, weight, out, HW, share, first, TILES, C: tl.constexpr, A_LA
                B_LAST: tl.constexpr, WEIGHED: tl.constexpr, P: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """A tile's part of the distance of a sample -> out[sample, first + tile]. share: 1 / HW."""
     pixel, channel, mask = _cells(HW, C, P, W)
-    x = tl.load(a + _place(pixel, channel, HW, C, A_LAST), mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(b + _place(pixel, channel, HW, C, B_LAST), mask=mask, other=0.0).to(tl.float32)
-    x_inverse, _ = _inverses(x)
-    y_inverse, _ = _inverses(y)
-    difference = x * x_inverse - y * y_inverse
-    part = tl.sum(tl.sum(difference * difference * _weights(weight, channel, C, WEIGHED), 1), 0) * share
+    u, _, _ = _units(tl.load(_place(a, pixel, channel, HW, C, A_LAST), mask=mask, other=0.0).to(tl.float32))
+    v, _, _ = _units(tl.load(_place(b, pixel, channel, HW, C, B_LAST), mask=mask, other=0.0).to(tl.float32))
+    part = tl.sum(tl.sum((u - v) * (u - v) * _weights(weight, channel, C, WEIGHED), 1), 0) * share
     tl.store(out + tl.program_id(0).to(tl.int64) * TILES + first + tl.program_id(1), part)
 
 
@@ -157,24 +156,22 @@ def _gradients(a, b, weight, gradient, to_a, to_b, HW, share, stride, C: tl.cons
                B_LAST: tl.constexpr, WEIGHED: tl.constexpr, TO_A: tl.constexpr, TO_B: tl.constexpr,
                P: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """With d = 2 w (u - v) g / HW, the gradient at u: (d - a/|a| sum_c(d u)) / (|a| + EPSILON) at a, and at b alike of
-    -d. gradient: g of each sample, `stride` apart. share: 1 / HW."""
+    -d; a/|a| = u (|a| + EPSILON) / |a|. gradient: g of each sample, `stride` apart. share: 1 / HW."""
     pixel, channel, mask = _cells(HW, C, P, W)
-    x = tl.load(a + _place(pixel, channel, HW, C, A_LAST), mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(b + _place(pixel, channel, HW, C, B_LAST), mask=mask, other=0.0).to(tl.float32)
-    x_inverse, x_length = _inverses(x)
-    y_inverse, y_length = _inverses(y)
-    u = x * x_inverse
-    v = y * y_inverse
+    u, u_inverse, u_ratio = _units(
+        tl.load(_place(a, pixel, channel, HW, C, A_LAST), mask=mask, other=0.0).to(tl.float32)
+    )
+    v, v_inverse, v_ratio = _units(
+        tl.load(_place(b, pixel, channel, HW, C, B_LAST), mask=mask, other=0.0).to(tl.float32)
+    )
     upstream = tl.load(gradient + tl.program_id(0).to(tl.int64) * stride).to(tl.float32) * (2.0 * share)
     d = (u - v) * (_weights(weight, channel, C, WEIGHED) * upstream)
     if TO_A:
-        along = tl.sum(d * u, 1)[:, None] * x_length
-        found = (d - x * along) * x_inverse
-        tl.store(to_a + _place(pixel, channel, HW, C, A_LAST), found.to(to_a.dtype.element_ty), mask=mask)
+        found = (d - u * (tl.sum(d * u, 1)[:, None] * u_ratio)) * u_inverse
+        tl.store(_place(to_a, pixel, channel, HW, C, A_LAST), found.to(to_a.dtype.element_ty), mask=mask)
     if TO_B:
-        along = tl.sum(d * v, 1)[:, None] * y_length
-        found = (y * along - d) * y_inverse
-        tl.store(to_b + _place(pixel, channel, HW, C, B_LAST), found.to(to_b.dtype.element_ty), mask=mask)
+        found = (v * (tl.sum(d * v, 1)[:, None] * v_ratio) - d) * v_inverse
+        tl.store(_place(to_b, pixel, channel, HW, C, B_LAST), found.to(to_b.dtype.element_ty), mask=mask)
 
 
 # --------------------------------------------------------------------------------------------------------- operators
