@@ -98,9 +98,10 @@ class _ThroughGradient(torch.autograd.Function):
         layers, biases = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         at_layers, at_biases = [], []
         for layer, bias in zip(layers, biases, strict=True):
-            row = g.view(-1, *[1] * (layer.dim() - 1))
-            at_layers.append((row * bias.view(1, -1, *[1] * (layer.dim() - 2))).expand_as(layer))
-            at_biases.append(g @ (layer.flatten(2).sum(2) if layer.dim() > 2 else layer))
+            ones = [1] * (layer.dim() - 2)
+            at_layers.append((g.view(-1, 1, *ones) * bias.view(1, -1, *ones)).expand_as(layer))
+            each = layer.flatten(2).sum(2) if layer.dim() > 2 else layer  # (B, out)
+            at_biases.append((g.view(-1, 1) * each).sum(0))
         return None, None, g.view(-1, 1, 1, 1) * x, *at_layers, *at_biases
 
 
