@@ -10,6 +10,7 @@ from trainer import config as configuration
 from trainer import optimizer
 from trainer.config import Config
 from trainer.data import Batch, Stream
+from trainer.kernels import choose
 from trainer.losses.perceptual import NoPerceptualConfig
 from trainer.methods import Method
 from trainer.methods.vaegan import VAEGANConfig
@@ -92,6 +93,7 @@ def build_engines(config: Config, method: Method, networks: Mapping[str, nn.Modu
     # torch's default lets convolutions on GPUs round float32 to 10 bits of mantissa, penalties too
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    choose.prefer(config.impl)
     return {
         name: engine(
             name,

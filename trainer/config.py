@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainer import bounds, config_errors, config_yaml
 from trainer.data import DataConfig
+from trainer.kernels.choose import Impl
 from trainer.methods import MethodConfig
 from trainer.optimizer import OptimConfig
 from trainer.parallel.config import AutoConfig, DeepSpeedConfig, ParallelConfig
@@ -94,6 +95,11 @@ class Config:
     parallel.weights: fp16 only, which scales losses."""
     compile: bool = False
     """torch.compile of the networks; penalties run past it."""
+    impl: Impl = "auto"
+    """What runs losses, noise and norm + activation; the log says which and why. eager: plain torch, their definition.
+    compiled: that through torch.compile; pays on GPUs for losses of large images. triton: kernels, on GPUs; pay most
+    for norm + activation under bf16. auto: triton where a GPU, dtype and layout allow it, else eager. What is named and
+    cannot run is an error."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimisers and averages."""
     parallel: ParallelConfig = field(default_factory=AutoConfig)
@@ -146,11 +152,11 @@ class Config:
 
 
 RESUMABLE = (
-    "run", "images", "micro_batch", "compile", "parallel", "checkpoint", "log", "optim.lr", "optim.discriminator.lr",
-    "data.path", "data.readers", "data.prefetch", "data.cache_mb", "data.verify", "data.remote", "data.limits",
-    "data.max_bad_fraction", "data.allow_pipe", "method.autoencoder.recompute", "method.generator.recompute",
-    "method.encoder.recompute", "method.decoder.recompute", "method.discriminator.recompute",
-    "method.autoencoder.scaling_factor",
+    "run", "images", "micro_batch", "compile", "impl", "parallel", "checkpoint", "log", "optim.lr",
+    "optim.discriminator.lr", "data.path", "data.readers", "data.prefetch", "data.cache_mb", "data.verify",
+    "data.remote", "data.limits", "data.max_bad_fraction", "data.allow_pipe", "method.autoencoder.recompute",
+    "method.generator.recompute", "method.encoder.recompute", "method.decoder.recompute",
+    "method.discriminator.recompute", "method.autoencoder.scaling_factor",
 )  # fmt: skip
 """Keys that may differ when a run goes on; each difference is one line in the log."""
 

@@ -11,6 +11,7 @@ from trainer.errors import one_line
 from trainer.evaluate import evaluate
 from trainer.gallery import Gallery
 from trainer.health import BadSamples, Collapse, NonFinite, Signals, check_finite
+from trainer.kernels import choose
 from trainer.parallel.agreement import same_weights
 from trainer.parallel.launcher import asked_processes
 from trainer.parallel.ranks import Ranks
@@ -97,7 +98,7 @@ def _train(config: Config, ranks: Ranks, signals: Signals, stack: contextlib.Exi
             scalars = means(run.kept, ranks) | speed.read(images)
             scalars |= {f"lr/{name}": engine.rate(images - config.batch) for name, engine in engines.items()}
             scalars["data/bad_samples"] = ranks.total(stream.bad)
-            for line in (*bad[0].look(), *bad[1].look()):
+            for line in (*choose.news(), *bad[0].look(), *bad[1].look()):
                 terminal.note(line)
             run.kept.clear()
             board.scalars(images, scalars)
