@@ -13,6 +13,7 @@ loses between blocks. Gradients wait for the update, as in a run: a second updat
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import tempfile
@@ -240,6 +241,15 @@ def taking(impl: str) -> Iterator[None]:
         yield
 
 
+def _forget() -> None:
+    """What functions of trainer/ keep from call to call: tensors without numbers may be among it."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("trainer."):
+            for value in vars(module).values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+
+
 def count(config: Config, impl: str, *, updates: int = 2) -> dict[str, Any]:
     """Figures of the last of `updates` updates, in bytes."""
     method = build.build_method(config, device=torch.device("cpu"))
@@ -248,6 +258,7 @@ def count(config: Config, impl: str, *, updates: int = 2) -> dict[str, Any]:
     distance: Perceptual | None = getattr(method, "perceptual", None)
     storages = Storages()
     with contextlib.ExitStack() as stack:
+        stack.callback(_forget)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of addresses that fake tensors do not have
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -263,9 +274,10 @@ def count(config: Config, impl: str, *, updates: int = 2) -> dict[str, Any]:
         run = _Run(engines, seed=0, balance=method.balance, precision=config.precision)
         position = torch.zeros(config.batch, dtype=torch.int64)
         for engine in engines.values():
-            average = engine.evaluated()
-            held = [*engine.network.state_dict().values(), *average.state_dict().values()]
-            storages.hold(held, WEIGHTS)
+            for module in (engine.network, engine.evaluated()):
+                storages.hold((*module.parameters(), *module.buffers()), WEIGHTS)
+        if distance is not None:
+            storages.hold((*distance.parameters(), *distance.buffers()), WEIGHTS)
         stack.enter_context(attributed(storages, distance))
         stack.enter_context(storages)
         for _ in range(updates):

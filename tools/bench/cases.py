@@ -28,6 +28,7 @@ FLOAT32 = {torch.float32: (1e-6, 2e-6), torch.float16: (1e-3, 1e-3), torch.bfloa
 """Largest error against float64 of a value and of a gradient, as a share of the largest: that of rounding inputs and
 outputs of arithmetic in float32."""
 GROUPS, EPSILON = 32, 1e-6
+LONGER = 8.0
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class Case:
     def name(self) -> str:
         return f"{self.op} {self.shape} {str(self.dtype).removeprefix('torch.')} {self.layout}"
 
-    @property
-    def allowed(self) -> tuple[float, float]:
-        return FLOAT32[self.dtype] if self.tolerance is None else self.tolerance
+    def allowed(self, impl: str) -> tuple[float, float]:
+        """Largest error of value and gradient. torch's own sums run in fewer parts than a kernel's, and round more."""
+        value, gradient = FLOAT32[self.dtype] if self.tolerance is None else self.tolerance
+        wider = LONGER if impl != "triton" and self.dtype == torch.float32 else 1.0
+        return wider * value, wider * gradient
 
     def inputs(self, device: torch.device, *, double: bool = False) -> Tensors:
         """On the device, leaves that require a gradient where they take one; double: the same values in float64."""
