@@ -51,7 +51,9 @@ def cases() -> dict[str, Case]:
     from trainer.kernels import noise
     from trainer.kernels.group_norm_silu import group_norm_silu
     from trainer.kernels.logistic_mixture import logistic_mixture_nll
+    from trainer.kernels.lpips_head import lpips_head
     from trainer.kernels.reconstruction import bernoulli_nll, charbonnier_nll, gaussian_nll, laplace_nll
+    from trainer.kernels.reparameterize import reparameterize_kl
 
     def normalise(x: Tensor, groups: int = 32) -> None:
         weight, bias = (empty(x.shape[1], dtype=torch.float32) for _ in range(2))
@@ -65,6 +67,22 @@ def cases() -> dict[str, Case]:
     densities = ("_density_nll", "_density_nll_backward")
     prediction, image = empty(8, 3, 256, 256), empty(8, 3, 256, 256, gradient=False)
     log_scale, contiguous = empty(8, dtype=torch.float32), image.contiguous().requires_grad_()
+
+    def compare(*channels: int, dtype: torch.dtype = torch.bfloat16, last: bool = True, both: bool = False) -> None:
+        sizes = [(8, c, 64 >> number, 60 >> number) for number, c in enumerate(channels)]
+        a, b = ([empty(*size, dtype=dtype, gradient=grad) for size in sizes] for grad in (True, both))
+        if not last:
+            a, b = ([x.detach().contiguous().requires_grad_(x.requires_grad) for x in maps] for maps in (a, b))
+        weights = [empty(1, c, 1, 1, dtype=torch.float32, gradient=False) for c in channels]
+        lpips_head(a, b, weights, impl="triton").sum().backward()
+
+    comparing = ("_distances", "_gradients")
+
+    def sample(moments: Tensor) -> None:
+        z, kl = reparameterize_kl(moments, noise.address(0, "posterior", torch.arange(len(moments))), impl="triton")
+        torch.autograd.backward((z, kl), (torch.empty_like(z), torch.empty_like(kl)))
+
+    sampling = ("_sample_kl", "_sample_kl_backward")
     normalising = ("_statistics", "_activate", "_sums", "_gradient")
     return {
         "group norm, C = 128": Case(lambda: normalise(empty(8, 128, 256, 256)), wide=normalising),
@@ -101,6 +119,18 @@ def cases() -> dict[str, Case]:
                 components=5,
             )
         ),
+        "lpips head, VGG16": Case(lambda: compare(64, 128, 256, 512, 1024), wide=comparing),
+        "lpips head, EfficientNet-Lite0": Case(lambda: compare(16, 24, 40, 112), wide=comparing),
+        "lpips head, both": Case(lambda: compare(64, 512, 40, both=True), wide=comparing),
+        "lpips head, NCHW": Case(lambda: compare(64, 512, last=False), wide=comparing),
+        "lpips head, float32": Case(lambda: compare(64, 40, 512, dtype=torch.float32, both=True), wide=comparing),
+        "reparameterize, z = 16": Case(lambda: sample(empty(8, 32, 32, 32)), wide=sampling),
+        "reparameterize, z = 4": Case(lambda: sample(empty(8, 8, 32, 32))),  # a pixel's means are 64 bits
+        "reparameterize, z = 16, odd": Case(lambda: sample(empty(8, 32, 7, 7))),
+        "reparameterize, NCHW": Case(
+            lambda: sample(torch.empty(8, 8, 32, 32, dtype=torch.bfloat16).requires_grad_()), wide=sampling
+        ),
+        "reparameterize, vector": Case(lambda: sample(empty(8, 128)), wide=sampling),
         "noise, normal": Case(lambda: noise.normal(0, "latent", torch.arange(4), (4, 32, 32), impl="triton")),
         "noise, uniform": Case(lambda: noise.uniform(0, "latent", torch.arange(4), (), impl="triton")),
     }

@@ -266,6 +266,7 @@ def test_the_operators_keep_torchs_contract_and_compile_as_part_of_a_graph() -> 
     assert all(torch.equal(g, t) and g.stride() == t.stride() for g, t in zip(found, true, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, within inductor
 def test_compiled_is_the_definition() -> None:
     sizes = ((2, 24, 5, 4),)
     (a,), (b,), w = maps(sizes), maps(sizes, seed=1), heads(sizes)

@@ -21,7 +21,7 @@ from trainer.kernels.choose import Impl, choose, compiled
 from trainer.kernels.program import channels_last, dense, like, tl, triton
 
 EPSILON = 1e-10  # as in lpips
-_ELEMENTS = 2048  # of a tile: 16 of each map a thread, so that all stays in registers at 4 to 8 blocks a processor
+_ELEMENTS = 2048  # of a tile: 16 of each map a thread, so that all stays in registers, at 8 blocks a processor
 _PIXELS = 16  # of a tile where pixels lie side by side: 32 bytes of bfloat16, the least that memory gives
 _CHANNELS = 1024  # at most: 8 pixels of them fill 16 warps
 
@@ -93,7 +93,7 @@ def _tile(channels: int, *, contiguous: bool, both: bool) -> tuple[int, int, int
     """Pixels and channels of a tile, and warps. contiguous: pixels lie side by side. both: both gradients are written,
     which takes more registers."""
     wide = 1 << (channels - 1).bit_length()
-    pixels = min(256, max(1, _ELEMENTS // wide))
+    pixels = min(256, max(1, (_ELEMENTS // 2 if both else _ELEMENTS) // wide))
     if contiguous:
         pixels = max(pixels, min(_PIXELS, (2 if both else 4) * _ELEMENTS // wide))
     return pixels, wide, max(4, pixels * wide // 512)
