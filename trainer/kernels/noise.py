@@ -111,9 +111,9 @@ def _draw_at(address: Tensor, shape: tuple[int, ...], *, normal: bool, impl: Imp
     if not normal:
         return (words(address, count) >> 8).to(torch.float32).mul_(2.0**-24).view(rows, *shape)
     pairs = words(address, count + count % 2).view(rows, -1, 2)
-    # 32 bits for the radius, in (0, 1] so that the logarithm is finite; 32 for the angle
+    # 32 bits for the radius, in (0, 1] so that the logarithm is finite; 32 for the angle, in [-pi, pi]
     radius = pairs[..., 0].to(torch.float32).add_(1.0).mul_(_TO_UNIT).log_().mul_(-2.0).clamp_(min=0.0).sqrt_()
-    angle = pairs[..., 1].to(torch.float32).mul_(_TO_ANGLE)
+    angle = pairs[..., 1].to(torch.int32).to(torch.float32).mul_(_TO_ANGLE)
     pair = torch.stack((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=2).view(rows, -1)
     return pair[:, :count].reshape(rows, *shape)
 
@@ -200,7 +200,7 @@ def _drawn_by_numpy(
         np.log(radius, out=radius)
         radius *= np.float32(-2.0)
         np.sqrt(np.maximum(radius, np.float32(0.0), out=radius), out=radius)
-        angle = odd.astype(np.float32)
+        angle = odd.view(np.int32).astype(np.float32)
         angle *= np.float32(_TO_ANGLE)
         values = _in_turn(np.cos(angle) * radius, np.sin(angle) * radius)
     else:
@@ -223,12 +223,29 @@ def philox(address, sample, quad):
 
 
 @triton.jit
+def _cos_sin(x):
+    """Of x in [-pi, pi], to an ulp or so: the polynomials of Cephes around the nearest multiple of pi / 2. CUDA's own
+    have a branch for large arguments, which takes local memory and a table."""
+    turns = tl.floor(x * 0.6366197723675814 + 0.5)
+    r = (x - turns * 1.5707963705062866) + turns * 4.371139000186241e-08
+    s = r * r
+    sin = r + r * s * (-1.6666654611e-1 + s * (8.3321608736e-3 - s * 1.9515295891e-4))
+    cos = 1.0 - 0.5 * s + s * s * (4.166664568298827e-2 + s * (-1.388731625493765e-3 + s * 2.443315711809948e-5))
+    turned = tl.abs(turns) == 1.0
+    across, up = tl.where(turned, sin, cos), tl.where(turned, cos, sin)
+    return (
+        tl.where((turns > 0.5) | (turns < -1.5), -across, across),
+        tl.where((turns < -0.5) | (turns > 1.5), -up, up),
+    )
+
+
+@triton.jit
 def normals(radius_word, angle_word):
     """Two standard normals from two words, as `normal_at` makes them."""
     u = (radius_word.to(tl.float32) + 1.0) * 2.3283064365386963e-10
     radius = tl.sqrt(tl.maximum(-2.0 * tl.log(u), 0.0))
-    angle = angle_word.to(tl.float32) * 1.4629180792671596e-09
-    return tl.cos(angle) * radius, tl.sin(angle) * radius
+    cos, sin = _cos_sin(angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09)
+    return cos * radius, sin * radius
 
 
 @triton.jit
@@ -256,7 +273,8 @@ def _fill(address, out, N, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
 def _filled(address: Tensor, count: int, normal: bool) -> Tensor:
     out = torch.empty((len(address), count), dtype=torch.float32, device=address.device)
     if out.numel():
-        _fill[(len(address), -(-count // _BLOCK))](address.contiguous(), out, count, NORMAL=normal, BLOCK=_BLOCK)
+        grid = (len(address), -(-count // _BLOCK))
+        _fill[grid](address.contiguous(), out, count, NORMAL=normal, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False)
     return out
 
 
