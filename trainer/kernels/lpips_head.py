@@ -58,8 +58,10 @@ def _term(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
         a, b, channel, pixels = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1), 3, (1, 2)
     a, b = _exact(a), _exact(b)
     difference = a * _inverse(a, channel) - b * _inverse(b, channel)
-    squares = (difference * difference).mean(pixels)  # (B, C)
-    return (squares if weight is None else squares * _exact(weight).flatten()).sum(1)
+    squares = difference * difference
+    if weight is None:
+        return squares.sum((1, 2, 3)) / (a.shape[pixels[0]] * a.shape[pixels[1]])
+    return (squares.mean(pixels) * _exact(weight).flatten()).sum(1)
 
 
 def _exact(x: Tensor) -> Tensor:
