@@ -34,6 +34,9 @@ class Case:
     """Kernels that stream: values of 16 bits go to and from memory 128 bits at a time, none on its own."""
     stack: tuple[tuple[str, int, str], ...] = ()
     """(kernel, bytes of local memory a thread, why): no other kernel may have any."""
+    everywhere: bool = False
+    """Compiled for every architecture and by every triton: at least one case of each kernel. The others, its variants,
+    for one architecture."""
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, gradient: bool = True) -> Tensor:
@@ -85,8 +88,8 @@ def cases() -> dict[str, Case]:
     sampling = ("_sample_kl", "_sample_kl_backward")
     normalising = ("_statistics", "_activate", "_sums", "_gradient")
     return {
-        "group norm, C = 128": Case(lambda: normalise(empty(8, 128, 256, 256)), wide=normalising),
-        "group norm, C = 512": Case(lambda: normalise(empty(8, 512, 64, 64)), wide=normalising),
+        "group norm, C = 128": Case(lambda: normalise(empty(8, 128, 256, 256)), wide=normalising, everywhere=True),
+        "group norm, C = 512": Case(lambda: normalise(empty(8, 512, 64, 64)), wide=normalising, everywhere=True),
         "group norm, C = 512, odd": Case(lambda: normalise(empty(3, 512, 7, 5)), wide=normalising),
         "group norm, C = 64 in 8": Case(lambda: normalise(empty(8, 64, 64, 64), groups=8), wide=normalising),
         "group norm, C = 1024": Case(lambda: normalise(empty(8, 1024, 16, 16)), wide=normalising),
@@ -94,7 +97,7 @@ def cases() -> dict[str, Case]:
             lambda: normalise(torch.empty(8, 128, 256, 256, dtype=torch.bfloat16).requires_grad_()), wide=normalising
         ),
         "group norm, float32": Case(lambda: normalise(empty(8, 256, 128, 128, dtype=torch.float32)), wide=normalising),
-        "laplace": Case(lambda: reconstruct(laplace_nll, prediction, image), wide=densities),
+        "laplace": Case(lambda: reconstruct(laplace_nll, prediction, image), wide=densities, everywhere=True),
         "laplace, NCHW": Case(lambda: reconstruct(laplace_nll, contiguous, image), wide=densities),
         "laplace, 28 x 28": Case(
             lambda: reconstruct(laplace_nll, empty(64, 1, 28, 28), empty(64, 1, 28, 28, gradient=False)), wide=densities
@@ -109,7 +112,8 @@ def cases() -> dict[str, Case]:
         "logistic mixture, K = 10, C = 3": Case(
             lambda: reconstruct(
                 logistic_mixture_nll, empty(8, 70, 64, 64), empty(8, 3, 64, 64, gradient=False), components=10
-            )
+            ),
+            everywhere=True,
         ),
         "logistic mixture, K = 5, C = 1, NCHW": Case(
             lambda: reconstruct(
@@ -119,20 +123,23 @@ def cases() -> dict[str, Case]:
                 components=5,
             )
         ),
-        "lpips head, VGG16": Case(lambda: compare(64, 128, 256, 512, 1024), wide=comparing),
+        "lpips head, VGG16": Case(lambda: compare(64, 128, 256, 512, 1024), wide=comparing, everywhere=True),
         "lpips head, EfficientNet-Lite0": Case(lambda: compare(16, 24, 40, 112), wide=comparing),
         "lpips head, both": Case(lambda: compare(64, 512, 40, both=True), wide=comparing),
         "lpips head, NCHW": Case(lambda: compare(64, 512, last=False), wide=comparing),
         "lpips head, float32": Case(lambda: compare(64, 40, 512, dtype=torch.float32, both=True), wide=comparing),
         "reparameterize, z = 16": Case(lambda: sample(empty(8, 32, 32, 32)), wide=sampling),
-        "reparameterize, z = 4": Case(lambda: sample(empty(8, 8, 32, 32))),  # a pixel's means are 64 bits
+        # a pixel's means are 64 bits
+        "reparameterize, z = 4": Case(lambda: sample(empty(8, 8, 32, 32)), everywhere=True),
         "reparameterize, z = 16, odd": Case(lambda: sample(empty(8, 32, 7, 7))),
         "reparameterize, NCHW": Case(
             lambda: sample(torch.empty(8, 8, 32, 32, dtype=torch.bfloat16).requires_grad_()), wide=sampling
         ),
-        "reparameterize, vector": Case(lambda: sample(empty(8, 128)), wide=sampling),
-        "noise, normal": Case(lambda: noise.normal(0, "latent", torch.arange(4), (4, 32, 32), impl="triton")),
-        "noise, uniform": Case(lambda: noise.uniform(0, "latent", torch.arange(4), (), impl="triton")),
+        "reparameterize, vector": Case(lambda: sample(empty(8, 128)), wide=sampling, everywhere=True),
+        "noise, normal": Case(
+            lambda: noise.normal(0, "latent", torch.arange(4), (4, 32, 32), impl="triton"), everywhere=True
+        ),
+        "noise, uniform": Case(lambda: noise.uniform(0, "latent", torch.arange(4), (), impl="triton"), everywhere=True),
     }
 
 
@@ -155,8 +162,9 @@ class Device:
         return 0
 
 
-def compiled(wanted: list[str], arch: int) -> list[dict[str, Any]]:
-    """Every kernel that the cases launch, once a case: registers, local memory, and accesses by width."""
+def compiled(wanted: list[str], arch: int, *, everywhere: bool = False) -> list[dict[str, Any]]:
+    """Every kernel that the cases launch, once a case: registers, local memory, and accesses by width. wanted: by name,
+    none for all; everywhere: of those the ones that say so."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -174,7 +182,7 @@ def compiled(wanted: list[str], arch: int) -> list[dict[str, Any]]:
     JITFunction.run = compile_only
     found = []
     for name, case in cases().items():
-        if wanted and name not in wanted:
+        if (wanted and name not in wanted) or (everywhere and not case.everywhere):
             continue
         launched.clear()
         case.call()
@@ -232,9 +240,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arch", type=int, nargs="+", help="compute capability, e.g. 80 or 90")
     parser.add_argument("--cases", nargs="+", default=[], help="some of the cases, by name")
+    parser.add_argument("--everywhere", action="store_true", help="of those the ones for every architecture")
     parser.add_argument("--json", action="store_true", help="for programs")
     asked = parser.parse_args(arguments)
-    found = [kernel for arch in asked.arch for kernel in compiled(asked.cases, arch)]
+    found = [kernel for arch in asked.arch for kernel in compiled(asked.cases, arch, everywhere=asked.everywhere)]
     if asked.json:
         import triton
 
