@@ -316,11 +316,10 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
         dx, dweight, dbias = (found.pop(0) if needed else None for needed in (of_x, of_weight, of_bias))
         return dx, None, dweight, dbias, None
     dx, sums = _backward(dy, x, ctx.groups, weight, bias, mean, rstd, of_x)
-    dbias, dweight = sums.sum(0).unbind() if of_weight or of_bias else (None, None)
-    return (
-        *(dx if of_x else None, None),
-        *(dweight.to(weight.dtype) if of_weight else None, dbias.to(bias.dtype) if of_bias else None, None),
-    )
+    totals = sums.sum(0) if of_weight or of_bias else sums
+    dbias = totals[0].to(bias.dtype) if of_bias else None
+    dweight = totals[1].to(weight.dtype) if of_weight else None
+    return dx if of_x else None, None, dweight, dbias, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
