@@ -32,7 +32,7 @@ class CriticConfig:
     penalty: Literal["exact", "finite_difference"] = "exact"
     """How r1 and r2 are computed. exact: by differentiating the gradient. finite_difference: as |D(x + s n) - D(x)|^2 /
     s^2, n standard normal, s = `sigma`: an approximation (aR1 of Lin et al. 2025, without 1 / s^2 there) for networks
-    without a second derivative; noisy, biased, and slower than exact (figures in trainer/losses/README.md)."""
+    without a second derivative; noisy and biased, and seldom faster (figures in trainer/losses/README.md)."""
     sigma: float = 0.01
     """Step of finite_difference, in units of [-1, 1]; 0.01 for images in Lin et al. Larger: more bias. Smaller: logits
     whose difference is rounding."""
