@@ -9,7 +9,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -128,4 +128,4 @@ def _say(operation: str, picked: Picked, reason: str) -> Picked:
 def compiled(function: F) -> F:
     """`function` through torch.compile, made at its first call: a graph a shape, and an error beyond torch's limit of
     them (8), for a loss that is compiled again and again is no fast loss."""
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return cast("F", torch.compile(function, dynamic=False, fullgraph=True))
