@@ -220,6 +220,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"accelerate launch --cpu --num_processes 2": refused,
     r"python -X dev -m launch\.cli \.\.\.": lambda words, work: program([*words[:-1], "env"], work) and None,
     r"python -m tools\.bench\.(train|parallel|precision|memory|data (plan|read|wait)).*": benchmarked,
+    r"python -m tools\.bench\.(step|losses|penalties|activations|gpu|carry|page).*": benchmarked,
     r"python -m tests\.parallel\.table": rendered,
     r"python -m tools\.quality .*": measured,
     r"python -m tools\.soak\.data .*": soaked,

@@ -7,14 +7,17 @@
 Stages, each a process of its own with a share of the minutes: the tests of kernels on the GPU, the table of
 tools/bench/losses.py, images a second of the three methods at 28, 64 and 256 pixels (eager, fused, compiled), what
 penalties cost, and the kernels that take most of one step. The file is written after each stage, so who is stopped
-keeps what there is. It needs Python 3.10, torch 2.9, triton 3.6, numpy and no network; what else is missing is carried
-(tools/bench/carry.py) or stood in for. tools/bench/page.py makes the page from the files.
+keeps what there is; stages that are not run stay as the file has them. It needs Python 3.10, torch 2.9, triton 3.6,
+numpy and no network; what else is missing is carried (tools/bench/carry.py) or stood in for. tools/bench/page.py makes
+the page from the files.
 """
 
 import argparse
 import datetime
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -190,20 +193,35 @@ def start_of(given: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def earlier(out: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Stages of a file of the same device that is there already."""
+    if not out.exists():
+        return {}
+    try:
+        old = json.loads(out.read_text())
+    except ValueError:
+        return {}
+    alike = old.get("device") == found["device"] and old.get("quick") == found["quick"]
+    return dict(old["stages"]) if alike else {}
+
+
 def run(given: argparse.Namespace, argv: Sequence[str], name: str, limit: float) -> dict[str, Any]:
     """One stage in a process of its own: what it wrote, how it ended, and what it took."""
     since = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tandem-gpu-") as folder:
         out = Path(folder) / "stage.json"
         command = [sys.executable, "-m", "tools.bench.gpu", *argv, "--stage", name, "--out", str(out)]
-        try:
-            ended = subprocess.run(
-                ["env", "OMP_NUM_THREADS=1", "PYTHONUNBUFFERED=1", *command] if given.device == "cpu" else command,
-                cwd=ROOT, timeout=limit, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False,
-            )  # fmt: skip
-            why = "done" if ended.returncode == 0 else _last(ended.stderr) or f"exit code {ended.returncode}"
-        except subprocess.TimeoutExpired:
-            why = f"stopped after {limit:.0f} s, its share of the minutes"
+        environment = ["env", "OMP_NUM_THREADS=1"] if given.device == "cpu" else []
+        with subprocess.Popen(
+            [*environment, *command], cwd=ROOT, stdout=sys.stderr, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                _, said = process.communicate(timeout=limit)
+                why = "done" if process.returncode == 0 else _last(said) or f"exit code {process.returncode}"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # the processes that it started too
+                why = f"stopped after {limit:.0f} s, its share of the minutes"
         found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     return {"ended": why, "seconds": round(time.perf_counter() - since, 1), **found}
 
@@ -222,19 +240,21 @@ def main(argv: list[str]) -> int:
     found = start_of(given, argv)
     slug = re.sub("[^a-z0-9]+", "-", found["device"].lower()).strip("-")
     out = given.out or RESULTS / f"{slug}.json"
+    found["stages"] = earlier(out, found)
     passed = [word for word in argv if word != "--out" and word != str(given.out)]
     for number, name in enumerate(given.stages):
         left = 60 * given.minutes - (time.monotonic() - began)
         share = SHARES[name] / sum(SHARES[other] for other in given.stages[number:])
         print(f"{name}: {max(1.0, left * share):.0f} s at most", file=sys.stderr, flush=True)
-        found["stages"][name] = run(given, passed, name, max(1.0, left * share))
-        found["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        about = {"date": now, "commit": found["commit"], "load": round(os.getloadavg()[0], 1)}
+        found["stages"][name] = {**run(given, passed, name, max(1.0, left * share)), **about}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
         stage = found["stages"][name]
         print(f"{name}: {stage['ended']}, {stage['seconds']:.0f} s", flush=True)
     print(f"written: {out}")
-    return 0 if all(stage["ended"] == "done" for stage in found["stages"].values()) else 1
+    return 0 if all(found["stages"][name]["ended"] == "done" for name in given.stages) else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Writes the part of tools/bench/README.md that is made from the files in tools/bench/results.
 
-python -m tools.bench.page                                      # after python -m tools.bench.gpu
-python -m tools.bench.page --check                              # whether the page is that of the files; 1 if not
+    python -m tools.bench.page                                      # after python -m tools.bench.gpu
+    python -m tools.bench.page --check                              # whether the page is that of the files; 1 if not
+
+Cells that no file fills say so; files of quick runs are left out.
 """
 
 import argparse
@@ -37,8 +39,8 @@ Shapes and dtypes of the real step; nothing is computed and no
 GPU is needed. plain is the code that people have under CUDA's autocast; shares are of the column's total."""
 OPERATIONS_TEXT = """\
 Forward and backward (noise: forward). of copy: the time of a copy of the bytes that none can avoid, in the same
-process, over the operation's. x plain, x compiled: times as fast. B/el: bytes an element kept for the backward. error: of value
-and gradient, from float64, of the largest."""
+process, over the operation's. x plain, x compiled: times as fast. B/el: bytes an element kept for the backward.
+error: of value and gradient, from float64, of the largest."""
 Found = Mapping[str, Any]
 
 
@@ -76,9 +78,9 @@ def origin(file: Found, stage: str) -> str:
     found = file["stages"][stage]
     machine, versions = file["machine"], file["versions"]
     told = ", ".join(f"{name} {version}" for name, version in versions.items() if name in ("torch", "triton"))
-    load = f", load {machine['load'][0]:.0f} of {machine['cores']} cores" if file["kind"] == "cpu" else ""
+    load = f", {machine['cores']} cores under a load of {found['load']:.0f}" if file["kind"] == "cpu" else ""
     ended = "" if found["ended"] == "done" else f"; {found['ended']}"
-    return f"{file['device']}{load}, {told}, {file['date'][:10]}, {file['commit']}{ended}:"
+    return f"{file['device']}{load}, {told}, {found['date'][:10]}, {found['commit']}{ended}:"
 
 
 def ratio(row: Found) -> str:

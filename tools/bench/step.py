@@ -145,9 +145,9 @@ class Taken:
 
 def operations(take: Taken) -> list[str]:
     """Those of trainer/kernels that an update of eager code asks for."""
-    choose.news()
+    choose._said.clear()
     take(1)
-    return sorted({name for line in choose.news() for name in line.split(":")[0].split(", ")})
+    return sorted({name for name, _, _ in choose._said})
 
 
 def variants(config: Config, ranks: Ranks, given: argparse.Namespace) -> dict[str, Steps]:
