@@ -7,6 +7,7 @@ under autocast in the dtype of the inputs.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from math import prod
 
 import torch
@@ -28,6 +29,7 @@ FLOAT32 = {torch.float32: (1e-6, 2e-6), torch.float16: (1e-3, 1e-3), torch.bfloa
 """Largest error against float64 of a value and of a gradient, as a share of the largest: that of rounding inputs and
 outputs of arithmetic in float32."""
 GROUPS, EPSILON = 32, 1e-6
+LIKELIHOODS = ("laplace", "charbonnier", "gaussian", "bernoulli")
 LONGER = 8.0
 
 
@@ -84,7 +86,7 @@ class Case:
 
 
 def cases(device: str, *, quick: bool) -> Iterator[Case]:
-    """All of them, the largest of each operation first; on a CPU 64 MiB at most, where a copy still has one speed."""
+    """All of them, the largest of every operation first; on a CPU 64 MiB at most, where a copy still has one speed."""
     cuda = device == "cuda"
     low = torch.bfloat16 if cuda else torch.float32
     if quick:
@@ -99,22 +101,20 @@ def cases(device: str, *, quick: bool) -> Iterator[Case]:
         norms = [((2, 128, 96, 96), low), ((8, 32, 14, 14), low), ((2, 128, 64, 64), torch.bfloat16)]
         heads = [((2, 64, 96, 96), low)]
         images, latents = [(16, 3, 128, 128), (64, 1, 28, 28)], [(16, 16, 64, 64), (8, 4, 32, 32)]
-    for shape, dtype in norms:
-        yield _norm(shape, dtype)
-        if dtype == low and shape == norms[0][0]:
-            yield replace(_norm(shape, dtype), layout="contiguous")
-    for shape, dtype in heads:
-        yield _head(shape, dtype)
-    for shape in latents:
-        yield _posterior(shape, low)
-        yield _noise(shape)
-    for shape in images:
-        for kind in ("laplace", "charbonnier", "gaussian", "bernoulli"):
-            yield _likelihood(kind, shape, low)
     mixed = (2, 3, 8, 8) if quick else (8, 3, 64, 64) if cuda else (4, 3, 64, 64)
-    yield replace(_likelihood("logistic mixture", mixed, torch.float32), tolerance=(1e-5, 1e-3))  # tails: eager's own
-    for name in ("hinge", "relativistic"):
-        yield _game(name, (8, 30, 30))
+    first = _norm(*norms[0])
+    groups = [
+        [first, replace(first, layout="contiguous"), *(_norm(*norm) for norm in norms[1:])],
+        [_head(*head) for head in heads],
+        [_posterior(shape, low) for shape in latents],
+        *([_likelihood(kind, shape, low) for shape in images] for kind in LIKELIHOODS),
+        [_noise(shape) for shape in latents],
+        # tails of the mixture: eager's own error
+        [replace(_likelihood("logistic mixture", mixed, torch.float32), tolerance=(1e-5, 1e-3))],
+        *([_game(name, (8, 30, 30))] for name in ("hinge", "relativistic")),
+    ]
+    for row in zip_longest(*groups):
+        yield from (case for case in row if case is not None)
 
 
 def _size(shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 Call = Callable[[], object]
 FLUSH = 256 << 20
 """Bytes written before each timed call on a GPU: several times the largest cache of one (50 MB in an H100)."""
+SPANS = ("measured", "rest")
 BLOCK = 1e-3
 """Seconds that a timed block of calls takes at least on a CPU, where one of 20 us is near the clock's noise."""
 
@@ -99,17 +100,17 @@ def profiled(call: Call, device: torch.device) -> tuple[int, int]:
         before = torch.cuda.memory_allocated()
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with _quiet(), profile(activities=kinds, profile_memory=not cuda) as found:
-        with record_function("measured"):
+        with record_function(SPANS[0]):
             call()
             if cuda:
                 torch.cuda.synchronize()
-        with record_function("rest"):
+        with record_function(SPANS[1]):
             pass
     events = found.events() or []
     if cuda:
-        kernels = sum(event.device_type == DeviceType.CUDA and "::" not in event.name for event in events)
-        return kernels, torch.cuda.max_memory_allocated() - before
-    outer = [event for event in events if event.cpu_parent is not None and event.cpu_parent.name == "measured"]
+        kernels = [event for event in events if event.device_type == DeviceType.CUDA and event.name not in SPANS]
+        return len(kernels), torch.cuda.max_memory_allocated() - before
+    outer = [event for event in events if event.cpu_parent is not None and event.cpu_parent.name == SPANS[0]]
     threads = [event for event in events if event.cpu_parent is None and "::" in event.name]  # autograd's own, if any
     return sum("::" in event.name for event in outer) + len(threads), allocated(found)["allocated_peak"]
 
@@ -132,9 +133,7 @@ def allocated(found: Any) -> dict[str, int]:
     """What torch's allocator on the CPU had given out, from the profiler's records: at the peak of the measured update
     and after it, once Python has collected."""
     events = found.profiler.kineto_results.events()
-    spans = {
-        e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in ("measured", "rest")
-    }
+    spans = {e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() in SPANS}
     begin, end = spans["measured"]
     now, figures = 0, {"allocated": 0, "allocated_peak": 0}
     for when, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):

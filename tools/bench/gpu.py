@@ -38,7 +38,7 @@ from trainer.kernels.choose import preferred  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-SHARES = {"tests": 2.0, "losses": 2.0, "step": 2.0, "penalties": 0.5, "profile": 0.7, "activations": 0.3}
+SHARES = {"tests": 1.5, "losses": 2.5, "step": 2.5, "penalties": 0.4, "profile": 0.5, "activations": 0.2}
 """Stages and what each may take of the minutes, as parts of their sum."""
 DEFAULT = {"cuda": tuple(SHARES), "cpu": ("losses", "step", "penalties", "activations")}
 TOP = 25
@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=7.5, help="of all stages together (default: 7.5)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: whether it works")
-    parser.add_argument("--commit", help="of this code, where git does not say")
+    parser.add_argument("--commit", metavar="HASH", help="of this code, where git does not say")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: {RESULTS.relative_to(ROOT)}/DEVICE.json)")
     parser.add_argument("--stage", choices=tuple(SHARES), help=argparse.SUPPRESS)  # of the process of one
     given = parser.parse_args(argv)
@@ -70,9 +70,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------- stages
 def tests(given: argparse.Namespace, out: Path) -> None:
     """The tests of kernels, natively where there is a GPU."""
-    report = out.with_suffix(".xml")
     where = "tests/kernels/test_noise.py" if given.quick else "tests/kernels"
-    options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
+    options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", where, *options], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -90,13 +89,15 @@ def table(given: argparse.Namespace, out: Path) -> None:
 
 
 def throughput(given: argparse.Namespace, out: Path) -> None:
-    """Of the shipped configs, and on a GPU of the methods at each size; networks compiled last, which takes longest."""
-    short = ["--quick"] if given.quick else ["--seconds", "1", "--rounds", "5"]
+    """Of the shipped configs, and on a GPU of the methods at each size, the largest first, and networks compiled last,
+    which takes longest."""
+    turn = "1" if given.device == "cpu" else "0.3"
+    short = ["--quick"] if given.quick else ["--seconds", turn, "--rounds", "5"]
     common = ["--device", given.device, "--out", str(out), *short]
     if given.device == "cpu":
         step.main([*common, "--parts", *(["--configs", "vae_fashion"] if given.quick else [])])
         return
-    sizes = ["28"] if given.quick else [str(size) for size in models.SIZES]
+    sizes = ["28"] if given.quick else [str(size) for size in reversed(models.SIZES)]
     methods = ["--methods", ",".join(models.METHODS), "--precision", "bf16"]
     rows: list[Any] = []
     for more in ([], ["--whole"]):
@@ -150,7 +151,8 @@ def counted(given: argparse.Namespace, out: Path) -> None:
 
 
 def penalised(given: argparse.Namespace, out: Path) -> None:
-    short = ["--rounds", "2", "--networks", "gan_fashion"] if given.quick else []
+    short = ["--networks", "gan_fashion,vaegan_fashion", "--rounds", "10"] if given.device == "cpu" else []
+    short = ["--networks", "gan_fashion", "--rounds", "2"] if given.quick else short
     penalties.main(["--cost", "--device", given.device, "--out", str(out), *short])
 
 

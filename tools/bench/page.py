@@ -41,6 +41,9 @@ OPERATIONS_TEXT = """\
 Forward and backward (noise: forward). of copy: the time of a copy of the bytes that none can avoid, in the same
 process, over the operation's. x plain, x compiled: times as fast. B/el: bytes an element kept for the backward.
 error: of value and gradient, from float64, of the largest."""
+PENALTIES_TEXT = """\
+A discriminator's step with R1 and R2, as a multiple of the same step without: aimed at 2 at most, in every update.
+torch: by torch's own second derivatives."""
 Found = Mapping[str, Any]
 
 
@@ -213,6 +216,25 @@ def _measured(gpus: Sequence[Found], op: str, shape: str, mode: str, key: str) -
     return ", ".join(f"{value:.2f}" for value in found) or UNKNOWN
 
 
+def penalties(files: Sequence[Found]) -> list[str]:
+    lines = ["## Penalties", "", PENALTIES_TEXT, ""]
+    found = [file for file in files if file["stages"].get("penalties", {}).get("cost")]
+    if not any(file["kind"] == "cuda" for file in found):
+        lines += [f"On a GPU: {UNKNOWN}.", ""]
+    for file in found:
+        costs = file["stages"]["penalties"]["cost"]
+        names = list(next(iter(costs.values())))
+        lines += [origin(file, "penalties"), ""]
+        lines += table(
+            ["discriminator", "plain, ms", *names[1:]],
+            (
+                [network, f"{ms['plain']:.1f}", *(f"{ms[name] / ms['plain']:.2f}" for name in names[1:])]
+                for network, ms in costs.items()
+            ),
+        )
+    return lines
+
+
 def others(files: Sequence[Found]) -> list[str]:
     """Tests on GPUs, penalties, and what takes a step's time there."""
     gpus = [file for file in files if file["kind"] == "cuda"]
@@ -235,7 +257,10 @@ def others(files: Sequence[Found]) -> list[str]:
 
 
 def render(files: Sequence[Found]) -> str:
-    return "\n".join([*steps(files), *memory(files), *operations(files), *others(files)]).rstrip() + "\n"
+    return (
+        "\n".join([*steps(files), *memory(files), *penalties(files), *operations(files), *others(files)]).rstrip()
+        + "\n"
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -14,7 +14,6 @@ as shares of the exact value.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tools.bench import clock, models, turns
+from tools.bench import clock, models, own, turns
 from trainer import optimizer
 from trainer.data import Batch
 from trainer.kernels import convolution
@@ -37,10 +36,9 @@ from trainer.losses import penalties
 from trainer.losses.balance import Balance, BalanceConfig
 from trainer.methods.critic import Critic, CriticConfig
 from trainer.networks import ImageShape
-from trainer.parallel.config import DDPConfig
 from trainer.parallel.ddp import DDPEngine
 from trainer.parallel.engine import Engine
-from trainer.parallel.ranks import Ranks, start
+from trainer.parallel.ranks import Ranks
 from trainer.phase import Run
 
 LAZY = 8
@@ -244,10 +242,7 @@ def bias(name: str, ranks: Ranks, *, sigmas: list[float], updates: int, draws: i
 def main(argv: list[str]) -> None:
     given = parse(argv)
     torch.set_num_threads(1)
-    ranks = start(DDPConfig())
-    ranks = (
-        dataclasses.replace(ranks, device=torch.device(given.device)) if str(ranks.device) != given.device else ranks
-    )
+    ranks = own.alone(torch.device(given.device))
     found: dict[str, Any] = {"where": turns.where(["python -m tools.bench.penalties", *argv], ["torch"])}
     if given.cost:
         found["cost"] = {}

@@ -93,13 +93,15 @@ class LoopedAverage(DDPEngine):
 
 
 class ForeachOptimizer(DDPEngine):
-    """torch's default on GPUs, several passes over the weights, and not fused=True."""
+    """torch's default on GPUs, several passes over the weights, and not fused=True, which alone knows found_inf."""
 
     def __init__(self, network: nn.Module, **settings: Any) -> None:
         super().__init__(network, **settings)
         (group,) = self.optimizer.param_groups
         kept = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay") if key in group}
-        self.optimizer = type(self.optimizer)(self.parameters, foreach=True, **kept)
+        unheard = property(lambda self: None, lambda self, value: None)
+        kind = type("Foreach", (type(self.optimizer),), {"found_inf": unheard, "grad_scale": unheard})
+        self.optimizer = kind(self.parameters, foreach=True, **kept)
 
 
 OFF: dict[str, type[DDPEngine]] = {"average in a loop": LoopedAverage, "optimiser by foreach": ForeachOptimizer}
