@@ -170,15 +170,18 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Of this code; `unknown` where there is no git."""
-    try:
-        ended = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    except OSError:
-        return "unknown"
-    return ended.stdout.strip() or "unknown"
+    """Of this code, with a mark where it has changed since; `unknown` where there is no git."""
+    code = ["--", "trainer", "tools", ":!tools/bench/results", ":!*.md"]
+    said = []
+    for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", *code]):
+        try:
+            ended = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return "unknown"
+        if ended.returncode:
+            return "unknown"
+        said.append(ended.stdout.strip())
+    return said[0] + ("-dirty" if said[1] else "")
 
 
 def start_of(given: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:

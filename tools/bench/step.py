@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from tools.bench import models, own, turns
 from trainer import optimizer
@@ -185,6 +187,8 @@ def working(found: Mapping[str, Steps]) -> tuple[dict[str, Steps], dict[str, str
             able[name] = steps
         except ValueError as error:
             unable[name] = str(error)
+        except FailOnRecompileLimitHit:
+            unable[name] = f"more shapes of one operation than torch.compile takes, {dynamo.recompile_limit}"
     return able, unable
 
 
@@ -204,6 +208,8 @@ def turn_of(steps: Steps, device: str) -> turns.Turn:
 
 def measure(name: str, config: Config, ranks: Ranks, given: argparse.Namespace) -> list[Row]:
     """A row a variant."""
+    torch._dynamo.reset()  # another model's shapes do not count
+    choose.compiled.cache_clear()
     found, unable = working(variants(config, ranks, given))
     critic = getattr(config.method, "critic", None)
     lazy = 1 if critic is None else max(1, critic.penalty_interval // config.batch)  # updates from penalty to penalty
