@@ -1,6 +1,5 @@
 """Folded upsampling and normalisation, each against its definition."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
