@@ -8,7 +8,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -124,7 +124,7 @@ def _say(operation: str, picked: Picked, reason: str) -> Picked:
     return picked
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(function: F) -> F:
     """`function` through torch.compile, made at its first call: a graph a shape, and an error beyond torch's limit of
     them (8), for a loss that is compiled again and again is no fast loss."""
