@@ -4,15 +4,18 @@
     compiled  the same through torch.compile
     triton    the kernel of this folder: on GPUs, or interpreted (TRITON_INTERPRET=1) by the tests
     auto      triton where a GPU and the tensors allow it, else eager
+
+An implementation that was asked for by name and cannot run is an error.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, wraps
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from trainer.kernels.program import INTERPRETED, LACKING
 
@@ -128,4 +131,11 @@ def _say(operation: str, picked: Picked, reason: str) -> Picked:
 def compiled(function: F) -> F:
     """`function` through torch.compile, made at its first call: a graph a shape, and an error beyond torch's limit of
     them (8), for a loss that is compiled again and again is no fast loss."""
-    return cast("F", torch.compile(function, dynamic=False, fullgraph=True))
+    found = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with functorch.patch(donated_buffer=False):  # else no backward may retain the graph, as balanced losses do
+            return found(*args, **kwargs)
+
+    return cast("F", run)
