@@ -1,5 +1,6 @@
 """What torch.compile makes of an operation serves a step as the plain formula does."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +11,7 @@ def _squares(x: Tensor) -> Tensor:
     return (x.exp() * x).square().sum(1)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # inductor's own
 def test_a_compiled_backward_may_retain_its_graph_and_run_again() -> None:
     """Balanced losses take each group's gradient by itself."""
     x = torch.linspace(-1.0, 1.0, 12).view(2, 6).requires_grad_()
