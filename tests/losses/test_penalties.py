@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from trainer.kernels.choose import differentiated_twice
+from trainer.kernels.convolution import Conv2d, LeakyReLU, Linear
 from trainer.losses import penalties
 from trainer.losses.adversarial import LOSSES
 from trainer.networks import GlobalDiscriminatorConfig, ImageShape, PatchDiscriminatorConfig
@@ -271,6 +272,56 @@ def test_a_network_that_is_not_linear_between_bends_takes_all_passes(broken: str
     found = torch.autograd.grad(logits.sum() + squares.sum(), used)
     plain = plainly(network, images, lambda x: x)
     for one, other in zip(found, torch.autograd.grad(plain[0].sum() + plain[1].sum(), used), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Tokens(nn.Module):
+    """A layer on each row of the image, as on a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.bend, self.head = Linear(8, 6), LeakyReLU(0.2), Linear(48, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bend(self.each(x[:, 0])).flatten(1)).squeeze(1)
+
+
+class Halves(nn.Module):
+    """Convolutions on the halves of an image, each a row of its own meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.bend, self.head = Conv2d(1, 5, 3, padding=1), LeakyReLU(0.2), Linear(320, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.bend(self.each(x.view(2 * len(x), 1, 4, 8)))
+        return self.head(maps.view(len(x), -1)).squeeze(1)
+
+
+class Mixed(nn.Module):
+    """Rows that change places on their way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.bend, self.head = Linear(4, 64), LeakyReLU(0.2), Linear(64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.view(4, 64).permute(1, 0)[:4].permute(1, 0)  # (4, 4)
+        return self.head(self.bend(self.each(turned.permute(1, 0)))).squeeze(1)
+
+
+@pytest.mark.parametrize("make", [Tokens, Halves, Mixed])
+def test_a_network_in_which_rows_are_no_images_takes_all_passes(make: type[nn.Module]) -> None:
+    network = make()
+    images = torch.rand(4, 1, 8, 8).requires_grad_()
+    with differentiated_twice():
+        logits, squares = penalties.with_norms(network(images), images, images)
+    assert logits.grad_fn.name() != "_ThroughGradientBackward"
+    weights = list(network.parameters())
+    found = torch.autograd.grad(logits.sum() + squares.sum(), weights, allow_unused=True)
+    plain = plainly(network, images, lambda x: x)
+    true = torch.autograd.grad(plain[0].sum() + plain[1].sum(), weights, allow_unused=True)
+    for one, other in zip(found, true, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ An implementation that was asked for by name and cannot run is an error.
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -81,6 +81,7 @@ def choose(
     torch.compile is not for this operation, which then runs as by auto where `compiled` is merely preferred.
     ValueError, naming operation and reason, where an implementation that was asked for cannot run."""
     asked = (_preferred.get(operation) or _preferred[""]) if impl is None else impl
+    assert asked in get_args(Impl), f"impl: {asked!r} is none of {get_args(Impl)}"
     if torch.compiler.is_compiling():  # part of a graph that is compiled as a whole; nothing is said from in there
         fits = asked == "triton" or (asked == "auto" and like.device.type != "cpu")
         return "triton" if fits and _reason(like, unfit) is None else "eager"

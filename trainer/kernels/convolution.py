@@ -71,7 +71,8 @@ class Conv2d(nn.Conv2d):
 
 class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if _plain(input) else linear(input, self.weight, self.bias)
+        plain = _plain(input) or input.dim() != 2
+        return super().forward(input) if plain else linear(input, self.weight, self.bias)
 
 
 class LeakyReLU(nn.LeakyReLU):

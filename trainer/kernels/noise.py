@@ -94,6 +94,7 @@ def words(address: Tensor, count: int) -> Tensor:
 def _draw(
     seed: int, stream: str, positions: Tensor, shape: tuple[int, ...], *, normal: bool, impl: Impl | None
 ) -> Tensor:
+    assert positions.dtype == torch.int64 and positions.dim() == 1, f"positions are no int64 (B,): {positions.dtype}"
     if not _plain_cpu(positions) or _picked(positions, impl) == "triton":
         return _draw_at(address(seed, stream, positions), shape, normal=normal, impl=impl)
     # what all rows have in common is not spread over them first

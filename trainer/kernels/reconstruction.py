@@ -68,6 +68,7 @@ def _density(
     impl: Impl | None,
 ) -> Tensor:
     assert prediction.shape == image.shape, f"{tuple(prediction.shape)} of {tuple(image.shape)}"
+    assert log_scale is None or log_scale.shape == prediction.shape[:1], "one log-scale a sample"
     picked = choose("reconstruction", prediction, impl=impl, unfit=lambda: _unfit(prediction, image, log_scale))
     if picked == "triton":
         prediction, image = _aligned(prediction, image)
@@ -187,9 +188,11 @@ def _density_nll(
             value = 0.5 * u * u
             slope = u * u
         else:
-            r = tl.sqrt(u * u + SOFTNESS * SOFTNESS)
-            value = u * u / (r + SOFTNESS)  # r - softness, without what that would cancel
-            slope = u * u / r
+            squares = u * u
+            far = squares == float("inf")  # where the formulas below are inf / inf
+            r = tl.sqrt(tl.where(far, 1.0, squares + SOFTNESS * SOFTNESS))
+            value = tl.where(far, squares, squares / (r + SOFTNESS))  # r - softness, without what that would cancel
+            slope = tl.where(far, squares, squares / r)
         each = CONSTANT
         if log_scale is not None:
             each += tl.load(log_scale + sample).to(tl.float32)
@@ -309,6 +312,9 @@ def _gradients(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | N
     named = ctx.kind, ctx.scale, ctx.softness
     wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     if torch.is_grad_enabled():  # create_graph: the plain formula's, which has derivatives of its own
+        # each by itself: one may have been computed from the other
+        prediction = prediction.view_as(prediction)
+        log_scale = None if log_scale is None else log_scale.view_as(log_scale)
         inputs = [x for x, want in zip((prediction, log_scale), wanted, strict=True) if want]
         nats = _plain(prediction, image, log_scale, *named)
         found = iter(torch.autograd.grad(nats, inputs, gradient, create_graph=True))

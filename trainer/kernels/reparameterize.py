@@ -29,6 +29,8 @@ def reparameterize_kl(moments: Tensor, noise: Tensor, *, impl: Impl | None = Non
     address, int64 (B, 3), where value i of a sample is element i of its (z, ...) whatever lies where; or the standard
     normals themselves, float (B, z, ...)."""
     drawn = noise.is_floating_point()
+    assert moments.shape[1] % 2 == 0, f"{moments.shape[1]} channels are no mean and logvar"
+    assert noise.shape == ((len(moments), *_latent(moments)) if drawn else (len(moments), 3)), "noise of other samples"
     picked = choose(
         "reparameterize_kl",
         moments,

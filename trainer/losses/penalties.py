@@ -129,4 +129,6 @@ def _biases(logits: Tensor, seen: Tensor) -> list[tuple[Any, Tensor]] | None:
         inputs = [before is end or on_the_way.get(before, False) for before, _ in node.next_functions]
         if node.name() not in LINEAR or not (all(inputs) if node.name() == "AddBackward0" else sum(inputs) == 1):
             return None
+        if node._input_metadata[0].shape[0] != len(seen) or getattr(node, "_saved_dims", (0,))[0] != 0:
+            return None  # a view or permutation under which row i is no longer of image i
     return [(node, bias) for node in path if (bias := bias_of(node)) is not None]
