@@ -29,6 +29,7 @@ LOG = VENV / "setup.log"
 CONSTRAINTS = ROOT / "tools" / "setup" / "constraints.txt"
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 9)
+OLDEST_TRITON = "3.6.0"  # lies beside the newest, for the tests of kernels
 EXTRAS = "dev,perceptual,deepspeed,slurm,remote"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PIP_COMES_FROM_VENV = ("pip", "setuptools", "wheel")
@@ -211,6 +212,18 @@ def install_torch(*, gpu: bool) -> None:
         say("note: there is a GPU, but pip's own sources offer a CPU build of torch and it was taken")
 
 
+def install_oldest_triton() -> None:
+    """Where tests/kernels/test_oldest_triton.py looks for it; a GPU's torch brings the triton that it needs itself."""
+    folder = VENV / f"triton-{OLDEST_TRITON}"
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or (folder / "triton" / "__init__.py").exists():
+        return
+    aside = VENV / "triton.new"
+    shutil.rmtree(aside, ignore_errors=True)
+    if not pip_install(["--no-deps", "--target", str(aside), f"triton=={OLDEST_TRITON}"]):
+        raise SetupError(f"triton {OLDEST_TRITON} cannot be installed:\n{last_lines()}\n  all of it: {LOG}")
+    aside.replace(folder)
+
+
 def install_project(*, constraints: Path) -> None:
     if not pip_install(["--constraint", str(constraints), "--editable", f"{ROOT}[{EXTRAS}]"]):
         raise SetupError(f"the packages cannot be installed:\n{last_lines()}\n  all of it: {LOG}")
@@ -245,16 +258,20 @@ def set_up() -> None:
     STAMP.unlink(missing_ok=True)
     make_environment(system_packages=system_torch is not None)
     constraints = CONSTRAINTS
+    if gpu:  # torch and triton come together there
+        constraints = VENV / "constraints.txt"
+        brought = ("triton==", "torch==") if system_torch else ("triton==",)
+        lines = CONSTRAINTS.read_text().splitlines(keepends=True)
+        constraints.write_text("".join(line for line in lines if not line.startswith(brought)))
     if system_torch:
         stage(2, f"torch {system_torch} of the system's Python")
-        constraints = VENV / "constraints.txt"
-        lines = CONSTRAINTS.read_text().splitlines(keepends=True)
-        constraints.write_text("".join(line for line in lines if not line.startswith("torch==")))
     else:
         stage(2, f"torch {tested_torch()}, {'CUDA build (several GB)' if gpu else 'CPU build (about 200 MB)'}")
         install_torch(gpu=gpu)
     stage(3, "the tested set of packages, and the project itself")
     install_project(constraints=constraints)
+    if not gpu:
+        install_oldest_triton()
     result = check_environment()
     write_stamp(gpu)
     say(f"ready in {time.monotonic() - started:.0f} s: {result}")
