@@ -18,6 +18,9 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("launch.local", "main", "train a config on this machine, on one or more processes"),
+    "submit": Verb(
+        "launch.submit", "main", "submit a config to SLURM; the job goes on after preemption and time limit"
+    ),
     "check": Verb("trainer.check", "main", "say what a config would do (size, memory, batches) and try two batches"),
     "data make": Verb("tools.shards.make", "main", "make WebDataset shards from a folder of images or a named set"),
     "data index": Verb("tools.shards.index", "main", "index shards of any other maker, or renew the index of a set"),

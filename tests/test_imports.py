@@ -27,7 +27,16 @@ MAY_IMPORT = {
         "trainer.bounds",
         "trainer.errors",
     ),
-    "launch": ("launch", "trainer.config", "trainer.errors", "trainer.signals"),
+    "launch": (
+        "launch",
+        "trainer.config",
+        "trainer.config_yaml",
+        "trainer.config_errors",
+        "trainer.bounds",
+        "trainer.parallel.config",
+        "trainer.errors",
+        "trainer.signals",
+    ),
     "tools": ("tools", "trainer"),
     "tools.demo": ("tools", "trainer", "launch"),  # does what a user does, on two processes
 }

@@ -15,8 +15,8 @@ from pathlib import Path
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 HOSTS = Path("/etc/hosts")
 
-# cred_expire is also how long a requeued job waits before it starts again (SLURM's default: 120 s). Otherwise short waits
-# and what many sites have: USR2 to a job that is about to be preempted, jobs that may be requeued.
+# cred_expire is also how long a requeued job waits before it starts again (SLURM's default: 120 s). Otherwise short
+# waits, and what many sites have: USR2 to a job that is about to be preempted, jobs that may be requeued.
 CONFIG = """\
 ClusterName=tandem
 SlurmctldHost={host}(127.0.0.1)

@@ -1,0 +1,215 @@
+"""The end of a start of a SLURM job: `python -m launch.after RUN CODE [options]`, the last line of the batch script.
+
+Decides whether the job is started again, says so on one line, and ends with the job's exit code. Only here, after srun
+has returned: `scontrol requeue` ends what still runs. It goes by what the ranks left in RUN and what srun said of each,
+since srun's code is that of the rank that ended last. Standard library only: it runs where nothing is installed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DONE, BUG, MISTAKE, HUNG, MEMORY, FAILED, AGAIN = 0, 1, 2, 70, 71, 72, 75
+KILLED, TERMINATED, INTERRUPTED = 137, 143, 130
+WARNED = (138, 140)  # USR1 and USR2 before the trainer had taken them
+LOOP = 3
+"""Starts in a row at the same images after which a run is not tried again."""
+SAYS = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
+CODES = {"Killed": KILLED, "Terminated": TERMINATED, "Out Of Memory": MEMORY, "User defined signal 2": 140}
+CODES |= {"User defined signal 1": 138, "Segmentation fault": 139, "Aborted": 134, "Bus error": 135}
+PASSIVE = (AGAIN, TERMINATED, BUG)
+"""Codes with which ranks follow another that failed: its peers lose it, or srun ends them."""
+WORDS = {HUNG: "a rank hung", KILLED: "a rank was killed", MEMORY: "out of memory", AGAIN: "saved, but left no mark"}
+
+Kind = Literal["asked", "time limit", "failure"]
+
+
+@dataclass(frozen=True)
+class End:
+    """How a start ended."""
+
+    code: int
+    """Exit code of what ended it."""
+    where: str = ""
+    """"rank 3 on node2", where srun said so."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    code: int
+    reason: str
+    again: Kind | None = None
+    """Why the job is to be started again; None: it is not."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    requeues: int
+    """Starts after failures."""
+    time_limits: int | None
+    """Starts after the time limit."""
+    lead: int
+    """Seconds from the warning to the time limit."""
+
+
+def first_failure(said: str, code: int) -> End:
+    """What ended a start, from srun's lines on its tasks; srun's own exit code where there are none."""
+    ends = [End(_code(found["what"]), f"rank {found['ranks']} on {found['node']}") for found in SAYS.finditer(said)]
+    ends = [end for end in ends if end.code]
+    return next((end for end in ends if end.code not in PASSIVE), ends[0] if ends else End(code))
+
+
+def _code(what: str) -> int:
+    number = re.search(r"exit code (\d+)", what)
+    return int(number[1]) if number else next((code for text, code in CODES.items() if what.startswith(text)), BUG)
+
+
+def judge(run: Path, end: End, *, marker: str | None, told: str, left: float | None, policy: Policy) -> Verdict:
+    """marker: what RUN/requeue said. told: the signal that the batch script got, if any. left: seconds to the limit."""
+    if end.code == DONE:
+        return Verdict(DONE, "done")
+    if (run / "failed").exists():
+        return Verdict(FAILED, f"{_first_line(run / 'failed')}; {run / 'failed'} says more")
+    if marker is not None or end.code in WARNED:
+        reason = marker or "warned before it had begun"
+        if left is None or left > policy.lead + 120:
+            return Verdict(AGAIN, reason, "asked")
+        used = count(run, "time limit")
+        if policy.time_limits is not None and used >= policy.time_limits:
+            return Verdict(AGAIN, f"{reason}; time_limits: {policy.time_limits} starts after one are used up")
+        more = "" if policy.time_limits is None else f", {policy.time_limits - used - 1} more after it"
+        return Verdict(AGAIN, f"{reason}, at the time limit{more}", "time limit")
+    what = f"{end.where}: " * bool(end.where) + WORDS.get(end.code, f"exit code {end.code}")
+    if told:
+        return Verdict(end.code, f"{what}; SLURM ended the job ({told}) and decides itself whether it starts again")
+    if end.code in (BUG, MISTAKE, MEMORY, FAILED, INTERRUPTED, TERMINATED):
+        return Verdict(end.code, f"{what}; not a failure that passes by itself")
+    stuck = crash_loop(run)
+    if stuck is not None:
+        return Verdict(FAILED, f"{what}; {LOOP} starts in a row began at {stuck:,} images, so it is not tried again")
+    used = count(run, "failure")
+    if used >= policy.requeues:
+        return Verdict(end.code, f"{what}; requeues: {policy.requeues} starts after failures are used up")
+    return Verdict(end.code, f"{what}; {policy.requeues - used - 1} more after this one", "failure")
+
+
+def crash_loop(run: Path) -> int | None:
+    """The images at which the last starts all began, if they did."""
+    starts = [line.get("images") for line in lines(run / "attempts.jsonl")][-LOOP:]
+    return int(starts[0]) if len(starts) == LOOP and len(set(starts)) == 1 and isinstance(starts[0], int) else None
+
+
+def count(run: Path, kind: Kind) -> int:
+    """Starts so far of this submission for this reason."""
+    return sum(line.get("again") == kind for line in lines(run / "submit" / "ends.jsonl"))
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    """Of a .jsonl; one that was cut short is left out."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
+
+
+def last_traceback(folder: Path, job: str) -> str:
+    """The newest traceback in the logs of a job's ranks, or "" where none says one."""
+    for log in sorted(folder.glob(f"{job}_*.log"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 65_536))
+            text = file.read().decode(errors="replace")
+        _, begins, rest = text.rpartition("Traceback (most recent call last)")
+        if begins:
+            return f"{log.name}:\n{begins}{rest}"
+    return ""
+
+
+def requeue(job: str) -> str | None:
+    """None once the job waits again, or SLURM's reason why it does not."""
+    ran = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=120, check=False)
+    said = " ".join((ran.stderr or ran.stdout).split())
+    if ran.returncode == 0:
+        return None
+    if "disabled" in said:
+        said += ": the job, or this cluster, does not allow requeues (--no-requeue)"
+    return said or f"scontrol ended with {ran.returncode}"
+
+
+def time_left(job: str) -> float | None:
+    """Seconds to the job's time limit; None where it has none, or SLURM does not say."""
+    try:
+        ran = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=60)  # noqa: PLW1510
+    except subprocess.TimeoutExpired:
+        return None
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", ran.stdout.strip().partition("\n")[0])
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return 86_400.0 * days + 3_600 * hours + 60 * minutes + seconds
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0] or "marked as failed"
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.after", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("code", type=int, help="of srun")
+    parser.add_argument("--told", default="", help="signal that the batch script got")
+    parser.add_argument("--since", type=int, default=0, help="byte of the job's log at which this start begins")
+    parser.add_argument("--log", type=Path, required=True, help="of the batch script, with what srun says")
+    parser.add_argument("--requeues", type=int, required=True)
+    parser.add_argument("--time-limits", type=int)
+    parser.add_argument("--lead", type=int, required=True)
+    options = parser.parse_args(argv)
+    run: Path = options.run
+    job, restart = os.environ.get("SLURM_JOB_ID", "?"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+    marker_file, marker = run / "requeue", None
+    with contextlib.suppress(FileNotFoundError):
+        marker = marker_file.read_text(encoding="utf-8").strip() or "asked for"
+        marker_file.unlink()
+    said = ""
+    with contextlib.suppress(FileNotFoundError), options.log.open("rb") as file:
+        file.seek(options.since)
+        said = file.read().decode(errors="replace")
+    end = first_failure(said, options.code) if options.code else End(DONE)
+    policy = Policy(options.requeues, options.time_limits, options.lead)
+    left = time_left(job) if marker is not None or end.code in WARNED else None
+    verdict = judge(run, end, marker=marker, told=options.told, left=left, policy=policy)
+
+    outcome = ""
+    if verdict.code == DONE:
+        _write(run / "submit" / "finished", f"job {job}\n")
+    elif verdict.code == FAILED and not (run / "failed").exists():
+        _write(run / "failed", f"{verdict.reason}\n\n{last_traceback(run / 'logs', job)}")
+        outcome = f"; {run / 'failed'} has the last traceback, remove it to try again"
+    line = {"time": time.time(), "job": job, "restart": restart, "code": verdict.code, "reason": verdict.reason}
+    with (run / "submit" / "ends.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "again": verdict.again}) + "\n")
+    if verdict.again is not None:
+        refused = requeue(job)
+        outcome = "; starts again" if refused is None else f"; SLURM refused to start it again: {refused}"
+    print(f"tandem: job {job}, start {restart + 1}: {verdict.reason}{outcome}", flush=True)
+    return verdict.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
