@@ -20,8 +20,6 @@ from typing import Literal
 DONE, BUG, MISTAKE, HUNG, MEMORY, FAILED, AGAIN = 0, 1, 2, 70, 71, 72, 75
 KILLED, TERMINATED, INTERRUPTED = 137, 143, 130
 WARNED = (138, 140)  # USR1 and USR2 before the trainer had taken them
-LOOP = 3
-"""Starts in a row at the same images after which a run is not tried again."""
 SAYS = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
 CODES = {"Killed": KILLED, "Terminated": TERMINATED, "Out Of Memory": MEMORY, "User defined signal 2": 140}
 CODES |= {"User defined signal 1": 138, "Segmentation fault": 139, "Aborted": 134, "Bus error": 135}
@@ -92,19 +90,10 @@ def judge(run: Path, end: End, *, marker: str | None, told: str, left: float | N
         return Verdict(end.code, f"{what}; SLURM ended the job ({told}) and decides itself whether it starts again")
     if end.code in (BUG, MISTAKE, MEMORY, FAILED, INTERRUPTED, TERMINATED):
         return Verdict(end.code, f"{what}; not a failure that passes by itself")
-    stuck = crash_loop(run)
-    if stuck is not None:
-        return Verdict(FAILED, f"{what}; {LOOP} starts in a row began at {stuck:,} images, so it is not tried again")
     used = count(run, "failure")
     if used >= policy.requeues:
         return Verdict(end.code, f"{what}; requeues: {policy.requeues} starts after failures are used up")
     return Verdict(end.code, f"{what}; {policy.requeues - used - 1} more after this one", "failure")
-
-
-def crash_loop(run: Path) -> int | None:
-    """The images at which the last starts all began, if they did."""
-    starts = [line.get("images") for line in lines(run / "attempts.jsonl")][-LOOP:]
-    return int(starts[0]) if len(starts) == LOOP and len(set(starts)) == 1 and isinstance(starts[0], int) else None
 
 
 def count(run: Path, kind: Kind) -> int:
@@ -120,18 +109,6 @@ def lines(path: Path) -> list[dict[str, object]]:
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict)]
-
-
-def last_traceback(folder: Path, job: str) -> str:
-    """The newest traceback in the logs of a job's ranks, or "" where none says one."""
-    for log in sorted(folder.glob(f"{job}_*.log"), key=lambda path: path.stat().st_mtime, reverse=True):
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 65_536))
-            text = file.read().decode(errors="replace")
-        _, begins, rest = text.rpartition("Traceback (most recent call last)")
-        if begins:
-            return f"{log.name}:\n{begins}{rest}"
-    return ""
 
 
 def requeue(job: str) -> str | None:
@@ -162,12 +139,6 @@ def _first_line(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0] or "marked as failed"
 
 
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.after", description=__doc__)
     parser.add_argument("run", type=Path)
@@ -196,11 +167,6 @@ def main(argv: list[str]) -> int:
     verdict = judge(run, end, marker=marker, told=options.told, left=left, policy=policy)
 
     outcome = ""
-    if verdict.code == DONE:
-        _write(run / "submit" / "finished", f"job {job}\n")
-    elif verdict.code == FAILED and not (run / "failed").exists():
-        _write(run / "failed", f"{verdict.reason}\n\n{last_traceback(run / 'logs', job)}")
-        outcome = f"; {run / 'failed'} has the last traceback, remove it to try again"
     line = {"time": time.time(), "job": job, "restart": restart, "code": verdict.code, "reason": verdict.reason}
     with (run / "submit" / "ends.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({**line, "again": verdict.again}) + "\n")

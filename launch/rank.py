@@ -2,13 +2,13 @@
 trainer, so that nothing stands between SLURM's signals and the run. Standard library only: every rank imports it."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+from trainer import signals
 from trainer.errors import USER_MISTAKE, leave, to_stderr
 
 MODULE = "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module('trainer', None, '__main__', True)"
@@ -50,10 +50,7 @@ class Rank:
         if fault is not None:
             to_stderr(f"tandem: error: {fault}")
             leave(USER_MISTAKE)
-        # submitit's handlers end here. Until the trainer takes over, a warning must not end the rank: it can save
-        # nothing yet, and the TERM that follows is for all
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+        signals.hold()  # submitit's handlers end here, the trainer's begin behind Python's start
         os.chdir(self.folder)
         sys.stdout.flush()
         os.execve(sys.executable, self.command(sys.executable), self.environment(variables))

@@ -1,6 +1,7 @@
 """From a cluster's config to a batch script of SLURM, and its submission, both by submitit."""
 
 import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -98,11 +99,9 @@ class Job:
 
     def setup(self) -> list[str]:
         """Lines before srun: what an earlier start left, the user's own, and the code of the snapshot."""
-        finished = _quoted(self.submit / "finished")
         lines = [
             "told= log=" + _quoted(self.run / "logs") + '/"$SLURM_JOB_ID.log"',
             "trap 'told=TERM' TERM",  # so that srun's end is waited for, and the last lines run
-            f'if [ -e {finished} ]; then echo "tandem: this run is finished: nothing to do"; exit 0; fi',
             f"rm -f {_quoted(self.run / 'requeue')}",
             'since=$(stat -c %s "$log" 2>/dev/null || echo 0)',
             *self.cluster.setup,
@@ -155,7 +154,7 @@ class Job:
         executor = submitit.SlurmExecutor(self.pickles, python=self.python)
         executor.update_parameters(**self.parameters())
         (self.run / "logs").mkdir(exist_ok=True)
-        with outside_a_job():
+        with outside_a_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             try:
                 return str(executor.submit(self.rank).job_id)
             except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:

@@ -129,7 +129,7 @@ def submit(job: Job, config: Config, *, command: list[str], root: Path = snapsho
                     before.rename(job.submit)
                 raise
     except BaseException:
-        for folder in made:
+        for folder in [job.run / "logs", *made]:
             with contextlib.suppress(OSError):  # it holds something by now
                 (folder / ".submitting").unlink(missing_ok=True)
                 folder.rmdir()

@@ -43,8 +43,8 @@ def take_srun() -> None:
             f"{', '.join(missing)}: not set, but SLURM_STEP_NUM_TASKS is {tasks}; start with `srun python -m trainer "
             "CONFIG`, or unset SLURM_STEP_NUM_TASKS for a process of its own"
         )
-    job, step = number("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID", "0")
-    port = 20_000 + (job * 16 + (int(step) if step.isdigit() else 0)) % 10_000  # below the ports given out by Linux
+    step, restart = (os.environ.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    port = _port(number("SLURM_JOB_ID"), *(int(text) if text.isdigit() else 0 for text in (step, restart)))
     found = {
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
@@ -54,6 +54,11 @@ def take_srun() -> None:
     os.environ.update(found)
     os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
     os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _port(job: int, step: int, restart: int) -> int:
+    """Below the ports that Linux gives out (32768 on); another for each start of a job, should one still be held."""
+    return 20_000 + (7 * job + 1_009 * step + restart) % 12_000
 
 
 def _first_host(listed: str) -> str:
