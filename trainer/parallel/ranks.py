@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from trainer.errors import BUG, USER_MISTAKE
+from trainer.errors import code_of
 from trainer.parallel import accelerated, rendezvous
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.launcher import asked_processes, take_srun
@@ -102,7 +102,7 @@ class Ranks:
             try:
                 value = call()
             except Exception as found:  # noqa: BLE001  raised below, once the others know
-                error, code = found, USER_MISTAKE if isinstance(found, (ValueError, OSError)) else BUG
+                error, code = found, code_of(found)
         value, code = self.first([value, code])
         if error is not None:
             raise error
