@@ -60,6 +60,13 @@ class Submitted:
             time.sleep(0.1)
         return self
 
+    def wait_for(self, text: str, seconds: float = 90) -> None:
+        """Until rank 0 has printed `text`."""
+        limit = time.monotonic() + seconds
+        while text not in self.log(0):
+            assert time.monotonic() < limit and self.state() not in OVER, self.said()
+            time.sleep(0.05)
+
     def lines(self, name: str) -> list[dict[str, Any]]:
         path = self.run / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,7 +1,7 @@
 """Stands in for the trainer where torch is not the point: counts, saves, and minds signals as the trainer does.
 
-RUN/plan.json: {"images": budget, one each 50 ms, "rest": what is left for later starts, "fail": {"rank", "after": images
-of a start, "how": "kill" or an exit code}}."""
+RUN/plan.json: {"images": budget, one each 50 ms, "rest": of later starts, "fail": {"rank", "after": images of a start,
+"how": "kill" or an exit code}}."""
 
 import json
 import os
