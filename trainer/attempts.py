@@ -82,8 +82,10 @@ class Attempt:
     def restored(self, images: int) -> None:
         """Where the run really goes on: the newest checkpoint may have been damaged."""
         self._restored = True
-        if self.ranks.rank == 0 and self._line["images"] != images:
-            self._rewrite(images=images)
+        if self.ranks.rank == 0:
+            (self.run / "finished").unlink(missing_ok=True)  # this one goes on
+            if self._line["images"] != images:
+                self._rewrite(images=images)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         code = self.code if error is None else INTERRUPTED if kind is KeyboardInterrupt else code_of(error)
@@ -123,7 +125,6 @@ class Attempt:
                 "that file",
                 FAILED,
             )
-        (self.run / "finished").unlink(missing_ok=True)  # this one goes on
 
     def _append(self) -> None:
         with self._path.open("ab+") as file:
