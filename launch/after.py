@@ -21,6 +21,8 @@ DONE, BUG, MISTAKE, HUNG, MEMORY, FAILED, AGAIN = 0, 1, 2, 70, 71, 72, 75
 KILLED, TERMINATED, INTERRUPTED = 137, 143, 130
 WARNED = (138, 140)  # USR1 and USR2 before the trainer had taken them
 SAYS = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
+ENDS = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO (?P<why>[A-Z ]+[A-Z]))?")
+LOST = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
 CODES = {"Killed": KILLED, "Terminated": TERMINATED, "Out Of Memory": MEMORY, "User defined signal 2": 140}
 CODES |= {"User defined signal 1": 138, "Segmentation fault": 139, "Aborted": 134, "Bus error": 135}
 PASSIVE = (AGAIN, TERMINATED, BUG)
@@ -65,26 +67,40 @@ def first_failure(said: str, code: int) -> End:
     return next((end for end in ends if end.code not in PASSIVE), ends[0] if ends else End(code))
 
 
+def told_by(said: str, signal: str) -> str:
+    """Why SLURM ended the start, of what its daemons said: "cancelled", "time limit", "node2 was lost" ...; "": it did
+    not. signal: what the batch script got. It matters: scontrol would bring a job back that a person has cancelled."""
+    lost, ended = LOST.search(said), ENDS.search(said)
+    if lost:
+        return f"{lost[1]} was lost"
+    if ended:
+        return (ended["why"] or "cancelled").lower()
+    return signal
+
+
 def _code(what: str) -> int:
     number = re.search(r"exit code (\d+)", what)
     return int(number[1]) if number else next((code for text, code in CODES.items() if what.startswith(text)), BUG)
 
 
 def judge(run: Path, end: End, *, marker: str | None, told: str, left: float | None, policy: Policy) -> Verdict:
-    """marker: what RUN/requeue said. told: the signal that the batch script got, if any. left: seconds to the limit."""
+    """marker: what RUN/requeue said. told: see `told_by`. left: seconds to the time limit, where SLURM said so."""
     if end.code == DONE:
         return Verdict(DONE, "done")
     if (run / "failed").exists():
         return Verdict(FAILED, f"{_first_line(run / 'failed')}; {run / 'failed'} says more")
-    if marker is not None or end.code in WARNED:
+    late = told == "time limit" or (left is not None and left <= policy.lead + 120)
+    if (marker is not None or end.code in WARNED) and (late or not told):
         reason = marker or "warned before it had begun"
-        if left is None or left > policy.lead + 120:
+        if not late:
             return Verdict(AGAIN, reason, "asked")
         used = count(run, "time limit")
         if policy.time_limits is not None and used >= policy.time_limits:
             return Verdict(AGAIN, f"{reason}; time_limits: {policy.time_limits} starts after one are used up")
         more = "" if policy.time_limits is None else f", {policy.time_limits - used - 1} more after it"
         return Verdict(AGAIN, f"{reason}, at the time limit{more}", "time limit")
+    if told == "cancelled":
+        return Verdict(end.code, "cancelled")
     what = f"{end.where}: " * bool(end.where) + WORDS.get(end.code, f"exit code {end.code}")
     if told:
         return Verdict(end.code, f"{what}; SLURM ended the job ({told}) and decides itself whether it starts again")
@@ -162,9 +178,10 @@ def main(argv: list[str]) -> int:
         file.seek(options.since)
         said = file.read().decode(errors="replace")
     end = first_failure(said, options.code) if options.code else End(DONE)
+    told = told_by(said, options.told)
     policy = Policy(options.requeues, options.time_limits, options.lead)
-    left = time_left(job) if marker is not None or end.code in WARNED else None
-    verdict = judge(run, end, marker=marker, told=options.told, left=left, policy=policy)
+    left = time_left(job) if told in ("", "TERM") and (marker is not None or end.code in WARNED) else None
+    verdict = judge(run, end, marker=marker, told=told, left=left, policy=policy)
 
     outcome = ""
     line = {"time": time.time(), "job": job, "restart": restart, "code": verdict.code, "reason": verdict.reason}

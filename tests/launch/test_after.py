@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.after import End, Policy, first_failure, judge, lines
+from launch.after import End, Policy, first_failure, judge, lines, told_by
 from tests.starts import ROOT
 
 POLICY = Policy(requeues=2, time_limits=None, lead=120)
@@ -38,6 +38,29 @@ def test_the_rank_that_failed_first_is_found_in_what_srun_says(said: str, code: 
     assert first_failure(said, code) == end
 
 
+STEPD = "slurmstepd-node1: error: *** {what} ON node1 CANCELLED AT 2026-11-25T14:29:48{why} ***"
+
+
+@pytest.mark.parametrize(
+    ("said", "signal", "told"),
+    [
+        (STEPD.format(what="JOB 14", why=""), "TERM", "cancelled"),
+        (STEPD.format(what="JOB 14", why=" DUE TO TIME LIMIT"), "TERM", "time limit"),
+        (STEPD.format(what="JOB 14", why=" DUE TO JOB REQUEUE"), "TERM", "job requeue"),
+        (
+            STEPD.format(what="JOB 14", why=" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"),
+            "TERM",
+            "node failure",
+        ),
+        (STEPD.format(what="STEP 14.0", why=""), "", ""),  # srun ended the other ranks
+        ("srun: error: Node failure on node2\n" + STEPD.format(what="JOB 14", why=""), "TERM", "node2 was lost"),
+        ("", "TERM", "TERM"),
+    ],
+)
+def test_why_slurm_ended_a_start_is_found_in_what_its_daemons_say(said: str, signal: str, told: str) -> None:
+    assert told_by(said, signal) == told
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     (tmp_path / "submit").mkdir()
@@ -55,6 +78,10 @@ def ended(run: Path, *again: str) -> None:
         (75, "USR2 at 640 images", "", 50_000.0, (75, "asked")),
         (143, "USR2 at 640 images", "", None, (75, "asked")),  # srun ended a rank that was slow to leave
         (75, "USR2 at 640 images", "TERM", 100.0, (75, "time limit")),
+        (75, "USR2 at 640 images", "time limit", None, (75, "time limit")),
+        (75, "USR2 at 640 images", "cancelled", None, (75, None)),  # scontrol would bring it back
+        (75, "USR2 at 640 images", "preemption", None, (75, None)),  # SLURM starts it again itself
+        (75, "USR2 at 640 images", "TERM", 50_000.0, (75, None)),
         (140, None, "", 50_000.0, (75, "asked")),
         (137, None, "", None, (137, "failure")),
         (139, None, "", None, (139, "failure")),
