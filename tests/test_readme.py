@@ -166,6 +166,19 @@ def helped(words: list[str], work: Path) -> None:
     assert "usage:" in said.out
 
 
+def shown(words: list[str], work: Path) -> None:
+    """What would be submitted; tests/slurm submits."""
+    dry = [word for word in words if word != "--dry-run"]
+    said = starts.tandem(work / "logs", *dry[1:], "--dry-run", cwd=work).ok()
+    assert said.out.startswith("#!/bin/bash") and "srun" in said.out
+
+
+def of_slurm(words: list[str], work: Path) -> None:
+    """Its verb and options exist; tests/slurm starts a cluster."""
+    told = program([sys.executable, "-m", "tools.slurm", "--help"], ROOT)
+    assert all(word.strip("`") in told for word in words[3:])
+
+
 def refused(words: list[str], work: Path) -> None:
     """A launcher that silently starts fewer processes than it was asked for."""
     said = program([*words, "-m", "trainer", PLACEHOLDERS["CONFIG"], "run=runs/fewer"], work, code=1)  # accelerate's
@@ -205,6 +218,10 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem data (check|index|make|reshard|show|stats|verify)": lambda words, work: helped([*words, "--help"], work),
     r"tandem data (check|index|reshard|show|stats|verify) .*": forked,
     r"tandem (train|check)": lambda words, work: helped([*words, "--help"], work),
+    r"tandem submit CONFIG \[.*": lambda words, work: helped([*words[:2], "--help"], work),
+    r"tandem submit": lambda words, work: helped([*words, "--help"], work),
+    r"tandem submit .*": shown,
+    r"python -m tools\.slurm .*": of_slurm,
     r"tandem train CONFIG \[.*": lambda words, work: trained(["tandem", "train", PLACEHOLDERS["CONFIG"]], work),
     r"tandem train config\.yaml": lambda words, work: trained(
         ["tandem", "train", "runs/vae_fashion/config.yaml", "run=runs/again"], work

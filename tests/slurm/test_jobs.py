@@ -113,10 +113,11 @@ def test_a_cancelled_job_is_not_started_again_and_its_folder_is_free(jobs: Jobs)
     config = configuration.load(ROOT / "configs" / "vae_fashion.yaml", [f"run={job.run}"])
     with pytest.raises(ValueError, match=rf"run: \S+ is job {job.number}, running; end it"):
         submit.check_free(job.run, config)
-    subprocess.run(["scancel", job.number], check=True)
+    for words in (["--signal=USR2"], []):  # the second in which the ranks ask to be started again
+        subprocess.run(["scancel", *words, job.number], check=True)
     job.wait()
-    assert job.state() == "CANCELLED"
-    assert job.ends() in ([], [(143, None)])  # SLURM may kill the batch script before it has come to its end
+    assert job.state() == "CANCELLED" and job.show()["Restarts"] == "0"
+    assert job.ends() in ([], [(75, None)])  # SLURM may kill the batch script before it has come to its end
     assert not (job.run / "requeue").exists()
     submit.check_free(job.run, config)
 
