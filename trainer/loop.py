@@ -31,6 +31,7 @@ UNREADABLE = 1 << 16  # what a rank says that has no next batch; above every sig
 
 def train(config: Config) -> int:
     """Trains until the budget is spent or a signal comes; returns the exit code: 0, or the signal's (see signals)."""
+    place.end_with_launcher()
     config, said = build.resolve(config)
     attempts.refuse_failed(config.run)
     if (line := attempts.finished(config)) is not None:
@@ -135,7 +136,7 @@ def _train(
         ranks.agree(feed.fault)
         if saver.owed:
             with contextlib.suppress(Interrupted):
-                look(images, measured=True, drawn=True)
+                look(images, measured="evaluate" in saver.owed, drawn="pictures" in saver.owed)
         if code := ranks.largest(noted.request):
             terminal.finish(f"stopped at {images:,} images, before an update; {how} begins there again")
             return code
@@ -179,12 +180,11 @@ def _train(
         terminal.advance(images)
         speed.pause()
         measured, drawn = now(config.log.evaluate_every), now(config.log.pictures_every)
-        owed = stopping and (measured or drawn)
-        if (measured or drawn) and not stopping:
-            try:
+        owed = [name for name, due in (("evaluate", measured), ("pictures", drawn)) if due]
+        if owed and not stopping:
+            with contextlib.suppress(Interrupted):
                 metrics = look(images, measured=measured, drawn=drawn)
-            except Interrupted:
-                owed = True
+                owed = []
             code = 0 if ending else ranks.largest(noted.request)
             stopping = code > 0
         if code == TERMINATED and saver.too_late(noted.seconds()):

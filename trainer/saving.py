@@ -1,7 +1,7 @@
 """A run's state by name, to and from its folder: what a checkpoint holds, and what must fit when a run goes on."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Saver:
         """That `path` has seen."""
         self.save_seconds: float | None = None
         """That the last save took; None: not known."""
-        self.owed = False
-        """Whether what was restored was saved in a hurry: an evaluation or pictures at its images are still due."""
+        self.owed: list[str] = []
+        """What was left out when that which was restored was saved in a hurry: evaluate, pictures."""
 
     def restore(self) -> int:
         """Images seen by what the config says to go on from; 0 for a new run. A collective.
@@ -67,9 +67,9 @@ class Saver:
         self.ranks.together(self._write_config)
         return images
 
-    def save(self, images: int, *, metrics: Mapping[str, float], seconds: float, owed: bool = False) -> None:
-        """A collective: returns on all ranks when the checkpoint is whole. seconds: of training in this start. owed: an
-        evaluation or pictures at these images were left out."""
+    def save(self, images: int, *, metrics: Mapping[str, float], seconds: float, owed: Sequence[str] = ()) -> None:
+        """A collective: returns on all ranks when the checkpoint is whole. seconds: of training in this start. owed:
+        what is due at these images and was left out."""
         began = time.monotonic()
         tensors = self._tensors()
         state: dict[str, Any] = {
@@ -80,7 +80,7 @@ class Saver:
             "seconds": self.seconds + seconds,
             "skipped": self.nonfinite.export(),
             "metrics": dict(metrics),
-            "owed": owed,
+            "owed": list(owed),
         }
         self.path = Path(self.ranks.together(lambda: self._write(images, tensors, state)))
         self.images, self.save_seconds = images, time.monotonic() - began
@@ -159,7 +159,10 @@ class Saver:
         skipped, seconds, world = found.state["skipped"], found.state["seconds"], found.state["world"]
         assert isinstance(skipped, dict) and isinstance(seconds, float)
         self.nonfinite.load({name: int(count) for name, count in skipped.items()})
-        self.seconds, self.owed = seconds, bool(found.state.get("owed", False))
+        self.seconds = seconds
+        owed = found.state.get("owed", [])
+        assert isinstance(owed, list)
+        self.owed = list(map(str, owed))
         if self.ranks.rank == 0:
             self.said.append(f"goes on from {found.path} at {found.images:,} images")
             self.said += [f"changed since then: {line}" for line in changes]
