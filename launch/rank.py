@@ -62,6 +62,8 @@ class Rank:
         """Of the trainer. SLURM's own variables stay: it takes rank, world and where to meet from them."""
         kept = {name: value for name, value in variables.items() if name not in STRAY or name in self.keep}
         threads = {"OMP_NUM_THREADS": str(self.cpus), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+        if self.gpus:
+            kept["TANDEM_GPUS"] = str(self.gpus)  # torch looks whether it finds them
         given = kept.get("PYTHONPATH", "").split(os.pathsep)
         paths = [self.code, *(path for path in given if path not in ("", self.code))]
         return {**threads, **kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}

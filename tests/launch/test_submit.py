@@ -219,6 +219,7 @@ def test_a_rank_takes_nothing_that_another_launcher_left() -> None:
     assert "RANK" not in found and "WORLD_SIZE" not in found and found["MASTER_PORT"] == "5"
     assert found["PYTHONPATH"] == "/code:/mine" and found["OMP_NUM_THREADS"] == "2"
     assert RANK.environment(WORLD)["OMP_NUM_THREADS"] == "3"
+    assert RANK.environment(WORLD)["TANDEM_GPUS"] == "4"
 
 
 # ---------------------------------------------------------------- the snapshot

@@ -31,6 +31,17 @@ def asked_processes() -> tuple[int, str] | None:
     return (tasks, "srun (SLURM_STEP_NUM_TASKS)") if tasks > 1 else None
 
 
+def check_gpus(found: int) -> None:
+    """ValueError where torch finds another number of GPUs than `tandem submit` asked for: a run of eight GPUs would
+    train on a CPU for its whole time limit where a node's driver is gone, or torch is built for CPUs."""
+    if "TANDEM_GPUS" in os.environ and (asked := number("TANDEM_GPUS")) != found:
+        node = os.environ.get("SLURMD_NODENAME", "this one")
+        raise ValueError(
+            f"{asked} GPUs a node were asked for, torch finds {found} on {node}; see `tandem env` there: a "
+            "driver that does not answer, or torch built for CPUs"
+        )
+
+
 def take_srun() -> None:
     """Under `srun python -m trainer` SLURM's variables become torch's, as torchrun would set them."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.errors import code_of
 from trainer.parallel import accelerated, rendezvous
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.launcher import asked_processes, take_srun
+from trainer.parallel.launcher import asked_processes, check_gpus, take_srun
 
 
 class Ranks:
@@ -133,6 +133,7 @@ def start(config: ParallelConfig, *, alike: Mapping[str, Any] | None = None) -> 
     there twice or of another mind.
     """
     take_srun()
+    check_gpus(torch.cuda.device_count())
     asked = asked_processes()
     store = rendezvous.join(alike or {}, timeout=config.timeout)
     ranks = Ranks(accelerated.start(config), store=store, timeout=config.timeout)
