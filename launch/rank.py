@@ -16,6 +16,7 @@ MODULE = "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module('tr
 STRAY = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TANDEM_STORE_FD", "TANDEM_LAUNCHER", "TANDEM_FAILURES",
+    "TANDEM_GPUS",
 )  # fmt: skip
 """What another launcher may have left in the shell that submitted: a rank would take itself for one of its own."""
 
