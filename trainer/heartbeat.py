@@ -70,7 +70,7 @@ class Heartbeat:
     # ---------------------------------------------------------------- the loop's
     def at(self, what: At, images: int | None = None) -> None:
         """All ranks pass here, in the same order: whoever has passed less often is behind."""
-        self._at, self._since = what, time.time()
+        self._at, self._since, self._beats = what, time.time(), 0
         self._passed += 1
         if images is not None:
             self._updates += what == "step"
@@ -123,7 +123,7 @@ class Heartbeat:
             "total": self.total,
             "at": self._at,
             "since": self._since,
-            "passed": self._passed,
+            "passed": [self._passed, self._beats],
             "images_per_second": self.speed,
             "save_seconds": self.save_seconds,
         }
@@ -224,7 +224,7 @@ def blame(told: Sequence[dict[str, Any]], *, start: float, period: float) -> str
         return f"{_who(rank, told[rank])} {silent[rank]}{_more(len(silent) - 1)}"
     if len(told) == 1:
         return "it is the only rank"
-    passed = [int(one["passed"]) for one in told]
+    passed = [list(one["passed"]) for one in told]
     behind = [rank for rank, count in enumerate(passed) if count == min(passed)]
     if len(behind) == len(told):
         return f"no rank is behind: all are {DOING[told[0]['at']]}"

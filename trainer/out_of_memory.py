@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ SAYS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 """Of RuntimeErrors; torch's allocator of the CPU and CUDA's libraries have no class of their own."""
+PLACE = re.compile(r"^\[enforce fail at [^]]*\] [^.]*\. ")  # in torch's source
 
 
 def is_one(error: BaseException) -> bool:
@@ -35,7 +37,7 @@ def explained(config: Config, ranks: Ranks, *, where: Callable[[], str]) -> Iter
     except (MemoryError, RuntimeError) as error:
         if not is_one(error):
             raise
-        first = (str(error).splitlines() or [""])[0].removesuffix(".")
+        first = PLACE.sub("", (str(error).splitlines() or [""])[0]).removesuffix(".")
         what = "".join(f" ({first})" if first else "")
         rank = f" on rank {ranks.rank} of {ranks.world}" if ranks.world > 1 else ""
         text = f"out of memory {where()}{rank}{what}: {'; '.join(advice(config, ranks.world, cuda=_cuda(ranks)))}"
@@ -68,7 +70,7 @@ def advice(config: Config, world: int, *, cuda: bool) -> list[str]:
             found.append(f"parallel.kind=deepspeed parallel.stage=2 (now {parallel.kind})")
     if isinstance(parallel, DeepSpeedConfig) and parallel.offload == "none" and cuda:
         found.append("parallel.offload=cpu (now none)")
-    if not cuda:
+    if not cuda and config.data.cache_mb:
         found.append(f"data.cache_mb={config.data.cache_mb // 2} (now {config.data.cache_mb})")
     return found
 
