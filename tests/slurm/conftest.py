@@ -24,7 +24,7 @@ def _free_ports(count: int) -> int:
     raise RuntimeError("no free ports")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[Cluster]:
     """Four nodes of 8 CPUs and 2 GPUs that are not there."""
     missing = [name for name in ("srun", "slurmctld", "slurmd", "munged") if shutil.which(name) is None]

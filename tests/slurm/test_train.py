@@ -1,7 +1,9 @@
 """The trainer itself as jobs of a real SLURM: the losses of one process on two nodes, and under DeepSpeed."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -50,12 +52,14 @@ def place(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_jobs_train_to_the_losses_of_one_process(
     cluster: Cluster, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two nodes of two ranks, which are told to save and start again; two ranks under DeepSpeed; one process."""
+    """Two nodes of two ranks, told to save and start again; two ranks under DeepSpeed, one of them killed; one process."""
     four = submitted(capsys, place / "four", "batch=64")
     zero = ("parallel.kind=deepspeed", "parallel.stage=2", "parallel.file=configs/deepspeed/zero2.json")
-    two = submitted(capsys, place / "two", *zero, "cluster.nodes=1")
+    two = submitted(capsys, place / "two", *zero, "checkpoint.every=128", "cluster.nodes=1")
     four.wait_for("64 of 1,280 images")
     subprocess.run(["scancel", "--signal=USR2", four.number], check=True)
+    two.wait_for("64 of 1,280 images")
+    os.kill(json.loads((two.run / "heartbeats" / "rank00001.json").read_text())["pid"], signal.SIGKILL)
     monkeypatch.delenv("RANK")
     words = [
         f"{starts.ROOT}/configs/vaegan_fashion.yaml",
@@ -68,7 +72,8 @@ def test_jobs_train_to_the_losses_of_one_process(
         assert job.wait().state() == "COMPLETED", job.said()
         same_losses(job.run, place / "one", world=world, rel=rel)
         assert "everything is in" in job.log(0)
-    assert four.ends() == [(75, "asked"), (0, None)] and two.ends() == [(0, None)]
+    assert (four.ends(), two.ends()) == ([(75, "asked"), (0, None)], [(137, "failure"), (0, None)])
+    assert re.search(r"rank 1 on \w+: a rank was killed; .*; starts again", two.log())
     assert "goes on from" in four.log(0)
     resolved = configuration.load(two.run / "submit" / "config.yaml", [])
     assert resolved.parallel.file == two.run / "submit" / "deepspeed.json"  # type: ignore[union-attr]
