@@ -2,7 +2,7 @@
 
 Decides whether the job is started again, says so on one line, and ends with the job's exit code. Only here, after srun
 has returned: `scontrol requeue` ends what still runs. It goes by what the ranks left in RUN and what srun said of each,
-since srun's code is that of the rank that ended last. Standard library only: it runs where nothing is installed.
+since srun's code is that of the rank that ended last. Standard library only: it runs outside a container too.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,17 +18,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-DONE, BUG, MISTAKE, HUNG, MEMORY, FAILED, AGAIN = 0, 1, 2, 70, 71, 72, 75
-KILLED, TERMINATED, INTERRUPTED = 137, 143, 130
-WARNED = (138, 140)  # USR1 and USR2 before the trainer had taken them
+from trainer.errors import (
+    ASKS_AGAIN,
+    BUG,
+    FAILED,
+    HUNG,
+    INTERRUPTED,
+    OUT_OF_MEMORY,
+    TERMINATED,
+    USER_MISTAKE,
+)
+
+DONE, KILLED = 0, 128 + signal.SIGKILL
+WARNED = (128 + signal.SIGUSR1, 128 + signal.SIGUSR2)  # before the trainer had taken them
 SAYS = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,-]+): (?P<what>.+)$", re.MULTILINE)
 ENDS = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO (?P<why>[A-Z ]+[A-Z]))?")
 LOST = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
-CODES = {"Killed": KILLED, "Terminated": TERMINATED, "Out Of Memory": MEMORY, "User defined signal 2": 140}
-CODES |= {"User defined signal 1": 138, "Segmentation fault": 139, "Aborted": 134, "Bus error": 135}
-PASSIVE = (AGAIN, TERMINATED, BUG)
+CODES = {signal.strsignal(number): 128 + number for number in signal.valid_signals()} | {"Out Of Memory": OUT_OF_MEMORY}
+"""What srun says of a task that ended by a signal, in English."""
+PASSIVE = (ASKS_AGAIN, TERMINATED, BUG)
 """Codes with which ranks follow another that failed: its peers lose it, or srun ends them."""
-WORDS = {HUNG: "a rank hung", KILLED: "a rank was killed", MEMORY: "out of memory", AGAIN: "saved, but left no mark"}
+LASTING = (BUG, USER_MISTAKE, OUT_OF_MEMORY, FAILED, INTERRUPTED, TERMINATED)
+"""Codes that another start would end with too, or that somebody wanted."""
+WORDS = {
+    HUNG: "a rank hung",
+    KILLED: "a rank was killed",
+    OUT_OF_MEMORY: "out of memory",
+    ASKS_AGAIN: "saved, but left no mark",
+}
 
 Kind = Literal["asked", "time limit", "failure"]
 
@@ -67,20 +85,24 @@ def first_failure(said: str, code: int) -> End:
     return next((end for end in ends if end.code not in PASSIVE), ends[0] if ends else End(code))
 
 
-def told_by(said: str, signal: str) -> str:
+def told_by(said: str, got: str) -> str:
     """Why SLURM ended the start, of what its daemons said: "cancelled", "time limit", "node2 was lost" ...; "": it did
-    not. signal: what the batch script got. It matters: scontrol would bring a job back that a person has cancelled."""
+    not. got: what the batch script got. It matters: scontrol would bring a job back that a person has cancelled."""
     lost, ended = LOST.search(said), ENDS.search(said)
     if lost:
         return f"{lost[1]} was lost"
     if ended:
         return (ended["why"] or "cancelled").lower()
-    return signal
+    return got
 
 
 def _code(what: str) -> int:
     number = re.search(r"exit code (\d+)", what)
-    return int(number[1]) if number else next((code for text, code in CODES.items() if what.startswith(text)), BUG)
+    return (
+        int(number[1])
+        if number
+        else next((code for text, code in CODES.items() if text and what.startswith(text)), BUG)
+    )
 
 
 def judge(run: Path, end: End, *, marker: str | None, told: str, left: float | None, policy: Policy) -> Verdict:
@@ -93,18 +115,18 @@ def judge(run: Path, end: End, *, marker: str | None, told: str, left: float | N
     if (marker is not None or end.code in WARNED) and (late or not told):
         reason = marker or "warned before it had begun"
         if not late:
-            return Verdict(AGAIN, reason, "asked")
+            return Verdict(ASKS_AGAIN, reason, "asked")
         used = count(run, "time limit")
         if policy.time_limits is not None and used >= policy.time_limits:
-            return Verdict(AGAIN, f"{reason}; time_limits: {policy.time_limits} starts after one are used up")
+            return Verdict(ASKS_AGAIN, f"{reason}; time_limits: {policy.time_limits} starts after one are used up")
         more = "" if policy.time_limits is None else f", {policy.time_limits - used - 1} more after it"
-        return Verdict(AGAIN, f"{reason}, at the time limit{more}", "time limit")
+        return Verdict(ASKS_AGAIN, f"{reason}, at the time limit{more}", "time limit")
     if told == "cancelled":
         return Verdict(end.code, "cancelled")
     what = f"{end.where}: " * bool(end.where) + WORDS.get(end.code, f"exit code {end.code}")
     if told:
         return Verdict(end.code, f"{what}; SLURM ended the job ({told}) and decides itself whether it starts again")
-    if end.code in (BUG, MISTAKE, MEMORY, FAILED, INTERRUPTED, TERMINATED):
+    if end.code in LASTING:
         return Verdict(end.code, f"{what}; not a failure that passes by itself")
     used = count(run, "failure")
     if used >= policy.requeues:
@@ -141,7 +163,8 @@ def requeue(job: str) -> str | None:
 def time_left(job: str) -> float | None:
     """Seconds to the job's time limit; None where it has none, or SLURM does not say."""
     try:
-        ran = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=60)  # noqa: PLW1510
+        command = ["squeue", "-h", "-j", job, "-o", "%L"]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
         return None
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", ran.stdout.strip().partition("\n")[0])
@@ -188,6 +211,7 @@ def main(argv: list[str]) -> int:
     with (run / "submit" / "ends.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({**line, "again": verdict.again}) + "\n")
     if verdict.again is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue's own
         refused = requeue(job)
         outcome = "; starts again" if refused is None else f"; SLURM refused to start it again: {refused}"
     print(f"tandem: job {job}, start {restart + 1}: {verdict.reason}{outcome}", flush=True)

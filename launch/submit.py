@@ -110,26 +110,28 @@ def submit(job: Job, config: Config, *, command: list[str], root: Path = snapsho
                 taken = snapshot.take(job.code, root=root)
                 _write_json(job.submit / "environment.json", describe())
                 number = job.send()
-                about = {
-                    "job": number,
-                    "command": command,
-                    "folder": str(job.folder),
-                    "time": time.time(),
-                    "user": getpass.getuser(),
-                    "host": socket.gethostname(),
-                    "commit": taken.commit,
-                    "changed": list(taken.changed),
-                    "python": sys.executable,
-                    **clusters.described(job.cluster),
-                }
-                _write_json(job.submit / "job.json", about)
             except BaseException:
                 shutil.rmtree(job.submit, ignore_errors=True)
                 if before is not None:
                     before.rename(job.submit)
+                with contextlib.suppress(OSError):  # there is none, or it holds an earlier job's
+                    (job.run / "logs").rmdir()
                 raise
+            about = {
+                "job": number,
+                "command": command,
+                "folder": str(job.folder),
+                "time": time.time(),
+                "user": getpass.getuser(),
+                "host": socket.gethostname(),
+                "commit": taken.commit,
+                "changed": list(taken.changed),
+                "python": sys.executable,
+                **clusters.described(job.cluster),
+            }
+            _write_json(job.submit / "job.json", about)
     except BaseException:
-        for folder in [job.run / "logs", *made]:
+        for folder in made:
             with contextlib.suppress(OSError):  # it holds something by now
                 (folder / ".submitting").unlink(missing_ok=True)
                 folder.rmdir()

@@ -162,6 +162,36 @@ def test_a_run_that_is_finished_or_failed_is_refused_and_one_that_has_more_to_do
         submit.check_free(config.run, config)
 
 
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_submission_that_fails_gives_the_folder_back_but_not_once_the_job_is_slurms(
+    refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration.load(Path(VAE), [f"run={tmp_path}/run"])
+    job = submit.plan(config, clusters.load(starts.ROOT / "configs" / "cluster" / "cpu.yaml"))
+    (job.submit / "code").mkdir(parents=True)
+    (job.submit / "job.json").write_text(json.dumps({"job": "12"}))
+
+    def send(self: slurm.Job) -> str:
+        if refused:
+            raise ValueError("sbatch: no")
+        return "13"
+
+    def full(path: Path, value: object) -> None:
+        if path.name == "job.json":
+            raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(slurm.Job, "send", send)
+    monkeypatch.setattr(submit, "check_sbatch", lambda: None)
+    monkeypatch.setattr(submit, "state_of", lambda job: "")
+    monkeypatch.setattr(submit, "_write_json", full)
+    monkeypatch.setattr(submit, "describe", dict)
+    with pytest.raises((ValueError, OSError), match="sbatch: no" if refused else "No space left"):
+        submit.submit(job, config, command=[], root=starts.ROOT)
+    assert (job.submit / "config.yaml").exists() == (not refused)
+    assert (job.submit / "code" / "trainer").exists() == (not refused)
+    assert (job.run / "submit.12").exists() == (not refused)
+
+
 def test_an_earlier_submission_is_kept_by_its_job_and_a_broken_one_is_not(tmp_path: Path) -> None:
     (tmp_path / "submit" / "code").mkdir(parents=True)
     assert submit.set_aside(tmp_path / "submit") is None and not (tmp_path / "submit").exists()

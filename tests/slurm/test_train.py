@@ -52,7 +52,7 @@ def place(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_jobs_train_to_the_losses_of_one_process(
     cluster: Cluster, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two nodes of two ranks, told to save and start again; two ranks under DeepSpeed, one of them killed; one process."""
+    """Two nodes of two ranks, told to start again; two ranks under DeepSpeed, one of them killed; one process."""
     four = submitted(capsys, place / "four", "batch=64")
     zero = ("parallel.kind=deepspeed", "parallel.stage=2", "parallel.file=configs/deepspeed/zero2.json")
     two = submitted(capsys, place / "two", *zero, "checkpoint.every=128", "cluster.nodes=1")
