@@ -25,6 +25,7 @@ from trainer.parallel.ranks import Ranks
 
 PERIOD = 5.0  # seconds from one file of a rank to the next
 RANKS_A_SECOND = 50.0  # files that all ranks together write at most: a shared file system has others to serve
+UNWRITTEN = 3  # files in a row that cannot be written before that is said: a disk that is full ends the run anyway
 TICK = 1.0  # seconds between looks at the clock
 SLOW = 3  # times hang_after that may pass before the first update, which compiles, and in a save
 FAREWELL = 20.0  # seconds that the stacks of all ranks may take, at least
@@ -59,7 +60,7 @@ class Heartbeat:
         self._start = float(ranks.first(self._started))  # one for all ranks: tells this start's files from others'
         self._at: At = "meet"
         self._since, self._passed, self._beats, self._updates = self._started, 0, 0, 0
-        self._told, self._looked = False, 0.0
+        self._unwritten, self._looked = 0, 0.0
         self._ending, self._over, self._news = threading.Event(), threading.Event(), threading.Event()
         self._period = max(PERIOD, self.world / RANKS_A_SECOND)
         self._farewell = max(FAREWELL, 3 * self._period)
@@ -133,10 +134,11 @@ class Heartbeat:
             path.parent.mkdir(exist_ok=True)
             aside.write_text(json.dumps(told), encoding="utf-8")
             aside.replace(path)  # not flushed: what matters is that others see it, not that it outlives the machine
+            self._unwritten = 0
         except OSError as error:
-            if not self._told:
+            self._unwritten += 1
+            if self._unwritten == UNWRITTEN:
                 to_stderr(f"tandem: rank {self.rank}: no heartbeat can be written: {shown(str(error))}")
-            self._told = True
 
     # ---------------------------------------------------------------- the watchdog
     def _watch(self) -> None:
