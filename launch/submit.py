@@ -38,6 +38,7 @@ examples:
   tandem submit configs/vaegan_fashion.yaml run=runs/b cluster.nodes=4 --cluster configs/cluster/slurm.yaml
   tandem submit configs/vaegan_fashion.yaml --cluster configs/cluster/slurm.yaml --dry-run
 """
+CLUSTER = "cluster."  # begins an override that is the cluster's
 
 
 def main(argv: list[str]) -> int:
@@ -55,10 +56,10 @@ def main(argv: list[str]) -> int:
         "--cluster", type=Path, required=True, metavar="FILE", help="such as configs/cluster/slurm.yaml"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and a rank's command, no more")
-    options = parser.parse_intermixed_args(argv)
-    asked = [word.removeprefix("cluster.") for word in options.overrides if word.startswith("cluster.")]
-    config = configuration.load(options.config, [word for word in options.overrides if not word.startswith("cluster.")])
-    cluster = clusters.load(options.cluster, asked)
+    options, more = parser.parse_known_intermixed_args(argv)
+    words = [word.removeprefix("--") if "=" in word else word for word in (*options.overrides, *more)]
+    config = configuration.load(options.config, [word for word in words if not word.startswith(CLUSTER)])
+    cluster = clusters.load(options.cluster, [word.removeprefix(CLUSTER) for word in words if word.startswith(CLUSTER)])
     job = plan(config, cluster)
     if options.dry_run:
         print(preview(job))

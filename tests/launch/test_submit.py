@@ -128,6 +128,9 @@ def test_a_container_binds_what_the_run_needs(tmp_path: Path, capsys: pytest.Cap
         (["run=runs/100%"], "run: SLURM cannot have logs in"),
         (["cluster.nodes=two"], "command line: nodes: "),
         (["cluster.time=1"], "time: 1 minutes are short of"),
+        (["--cluster.nodes=0"], "nodes: 0 must be at least 1"),
+        (["--optim.rate=1"], "command line: unknown key optim.rate"),
+        (["--dry-ran"], "command line: '--dry-ran' is no key=value"),
         (["cluster.nodes=0"], "nodes: 0 must be at least 1"),
     ],
 )

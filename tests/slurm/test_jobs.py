@@ -69,7 +69,9 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             srun=["--gpus-per-task=1"],
             **on["node4"],
         ),
-        "queued": stub(root, folder / "queued", SHORT, sbatch={"nodelist": "node4", **late}),
+        "queued": stub(
+            root, folder / "queued", SHORT, gpus_per_node=2, ranks_per_node=None, sbatch={"nodelist": "node4", **late}
+        ),
     }
     path = root / "trainer" / "__main__.py"
     path.write_text(path.read_text().replace("VERSION = 1", "VERSION = 2"))
@@ -91,7 +93,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 def test_a_queued_job_runs_the_code_that_was_submitted(jobs: Jobs) -> None:
     done = jobs["queued"].wait()
     assert done.state() == "COMPLETED", done.said()
-    assert "stub 1 begins at 0" in done.log(0)
+    assert "stub 1 begins at 0" in done.log(0) and "rank 1 of 2 on node4" in done.log(1)  # each saw both GPUs
     assert not (jobs.root / "launch").exists() and "VERSION = 2" in (jobs.root / "trainer" / "__main__.py").read_text()
 
 
