@@ -206,7 +206,9 @@ def main(argv: list[str]) -> int:
     left = time_left(job) if told in ("", "TERM") and (marker is not None or end.code in WARNED) else None
     verdict = judge(run, end, marker=marker, told=told, left=left, policy=policy)
 
-    outcome = ""
+    rank = re.match(r"rank (\d+)", end.where)
+    log = run / "logs" / f"{job}_{rank[1] if rank else 0}.log"
+    outcome = f"; see {log}" if verdict.again is None and verdict.code != DONE and log.exists() else ""
     line = {"time": time.time(), "job": job, "restart": restart, "code": verdict.code, "reason": verdict.reason}
     with (run / "submit" / "ends.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({**line, "again": verdict.again}) + "\n")

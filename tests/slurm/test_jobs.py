@@ -136,6 +136,7 @@ def test_a_mistake_of_the_user_is_not_tried_again(jobs: Jobs) -> None:
     done = jobs["mistaken"].wait()
     assert done.show()["ExitCode"] == "2:0"
     assert done.ends() == [(2, None)]
+    assert f"see {done.run}/logs/{done.number}_1.log" in done.log()
     assert done.log(1).splitlines()[-1] == "tandem: error: as planned"
 
 
