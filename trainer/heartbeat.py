@@ -29,6 +29,7 @@ UNWRITTEN = 3  # files in a row that cannot be written before that is said: a di
 TICK = 1.0  # seconds between looks at the clock
 SLOW = 3  # times hang_after that may pass before the first update, which compiles, and in a save
 FAREWELL = 20.0  # seconds that the stacks of all ranks may take, at least
+LINGER = 3.0  # seconds that the others stay when all stacks are there
 DISK = 60.0  # seconds after which the file system counts as hung too
 At: TypeAlias = Literal["meet", "data", "step", "evaluate", "pictures", "save", "end"]
 SELDOM = ("evaluate", "pictures", "save", "end")  # written when they begin; what every update passes is not
@@ -96,7 +97,7 @@ class Heartbeat:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._ending.is_set():  # a peer has left; it is the hang that ends us, and not the connection that it closed
-            time.sleep(DISK + self._farewell)
+            time.sleep(DISK + self._farewell + LINGER)
         self._over.set()
         self._news.set()
         for thread in self._threads:
@@ -153,7 +154,7 @@ class Heartbeat:
                 self._ending.set()
                 end = threading.Thread(target=self._end, args=(quiet,), daemon=True)
                 end.start()
-                end.join(DISK + self._farewell)
+                end.join(DISK + self._farewell + LINGER)
                 to_stderr(f"{self._self(quiet)}; nothing more could be found out: {self._run} does not answer")
                 os._exit(HUNG)
 
@@ -179,14 +180,13 @@ class Heartbeat:
             file.write(f"rank {self.rank} of {self.world}, process {os.getpid()} on {place.host()}: {self.doing()}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        told = [_read(_path(self._run, rank)) for rank in range(self.world)]
-        if first:
-            to_stderr(self._verdict(told, quiet))
-        until = time.monotonic() + self._farewell
-        alive = [rank for rank, one in enumerate(told) if _silence(one, self._start, self._period) is None]
-        while time.monotonic() < until and not all(self._has_stacks(rank) for rank in alive):
-            time.sleep(0.1)
-        time.sleep(0.5)  # those who look as we do see the same before we are gone
+        until, missing = time.monotonic() + self._farewell, list(range(self.world))
+        while time.monotonic() < until and (missing := [rank for rank in missing if self._owes_stacks(rank)]):
+            time.sleep(max(0.1, len(missing) / RANKS_A_SECOND))
+        if first:  # now that each that lives has said anew what it is at
+            to_stderr(self._verdict([_read(_path(self._run, rank)) for rank in range(self.world)], quiet))
+        else:
+            time.sleep(LINGER)  # who is gone before the verdict would be blamed
         os._exit(HUNG)
 
     def _call(self, path: Path) -> bool:
@@ -204,9 +204,12 @@ class Heartbeat:
         finally:
             aside.unlink(missing_ok=True)
 
-    def _has_stacks(self, rank: int) -> bool:
+    def _owes_stacks(self, rank: int) -> bool:
+        """Whether it lives and has not written them; those of other starts were set aside, see _tidy."""
         path = self._run / "stacks" / f"rank{rank:05d}.txt"
-        return path.exists() and path.stat().st_size > 0  # those of other starts are gone: see _tidy
+        if path.exists() and path.stat().st_size > 0:
+            return False
+        return _silence(_read(_path(self._run, rank)), self._start, self._period) is None
 
     def _self(self, quiet: float) -> str:
         return f"tandem: error: rank {self.rank} made no progress for {quiet:.0f} s (log.hang_after), {self.doing()}"
