@@ -190,7 +190,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--lead", type=int, required=True)
     options = parser.parse_args(argv)
     run: Path = options.run
-    job, restart = os.environ.get("SLURM_JOB_ID", "?"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    own, restart = os.environ.get("SLURM_JOB_ID", "?"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    array, element = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{element}" if array and element else own  # the number of one element is that of the array too
 
     marker_file, marker = run / "requeue", None
     with contextlib.suppress(FileNotFoundError):
@@ -207,7 +209,7 @@ def main(argv: list[str]) -> int:
     verdict = judge(run, end, marker=marker, told=told, left=left, policy=policy)
 
     rank = re.match(r"rank (\d+)", end.where)
-    log = run / "logs" / f"{job}_{rank[1] if rank else 0}.log"
+    log = run / "logs" / f"{own}_{rank[1] if rank else 0}.log"
     outcome = f"; see {log}" if verdict.again is None and verdict.code != DONE and log.exists() else ""
     line = {"time": time.time(), "job": job, "restart": restart, "code": verdict.code, "reason": verdict.reason}
     with (run / "submit" / "ends.jsonl").open("a", encoding="utf-8") as file:

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -164,6 +164,34 @@ class SlurmConfig:
         return found
 
 
+@dataclass(frozen=True)
+class LocalConfig:
+    """This machine, without SLURM: `--cluster local`, or a file that says `kind: local`."""
+
+    kind: Literal["local"] = "local"
+    processes: int | None = None
+    """Ranks; null: one for each GPU, or one where there is none."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the ranks."""
+    requeues: int = 3
+    """Starts after a failure that may pass: a killed or hung rank."""
+
+    def __post_init__(self) -> None:
+        bounds.at_least(0, self, "requeues")
+        if self.processes is not None:
+            bounds.at_least(1, self, "processes")
+        for name, value in self.environment.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise ValueError(f"environment: {name!r} is no name of a variable")
+            if "\0" in value:
+                raise ValueError(f"environment.{name}: holds a zero byte")
+
+
+ClusterConfig: TypeAlias = SlurmConfig | LocalConfig
+LOCAL = Path("local")
+"""In the place of a cluster's file: LocalConfig() as it is."""
+
+
 def minutes(time: int | str) -> int:
     """SLURM's time limit in whole minutes. ValueError begins with the key."""
     days, hours, mins, seconds = 0, 0, 0, 0
@@ -185,19 +213,24 @@ def minutes(time: int | str) -> int:
     return total
 
 
-def load(path: Path, overrides: list[str] = ()) -> SlurmConfig:  # type: ignore[assignment]
+def load(path: Path, overrides: list[str] = ()) -> ClusterConfig:  # type: ignore[assignment]
     """The cluster in `path` with `overrides` ("nodes=4") on top. ValueError in one line, as trainer.config's."""
-    tree = config_yaml.read(path)
+    tree = {"kind": "local"} if path == LOCAL and not path.exists() else config_yaml.read(path)
     given = config_yaml.merge(tree, overrides)
+    kind = tree.get("kind", "slurm")
+    if kind not in KINDS:
+        raise ValueError(f"{path}: kind: {kind!r} is none of {', '.join(KINDS)}")
+    config = KINDS[kind]
     try:
-        return _adapter().validate_json(config_yaml.to_json(tree), strict=True)
+        found: ClusterConfig = _adapter(config).validate_json(config_yaml.to_json(tree), strict=True)
     except ValidationError as error:
-        raise ValueError(config_errors.explain(error, SlurmConfig, source=str(path), overrides=given)) from None
+        raise ValueError(config_errors.explain(error, config, source=str(path), overrides=given)) from None
+    return found
 
 
-def to_text(config: SlurmConfig) -> str:
+def to_text(config: ClusterConfig) -> str:
     """YAML that `load` takes back."""
-    return config_yaml.write(_adapter().dump_python(config, mode="json"))
+    return config_yaml.write(_adapter(type(config)).dump_python(config, mode="json"))
 
 
 def _check_option(name: str, value: str | int | bool) -> None:
@@ -229,16 +262,21 @@ def _texts(config: SlurmConfig) -> list[tuple[str, str]]:
     return found
 
 
-def _adapter() -> "TypeAdapter[SlurmConfig]":
-    if not _ADAPTER:
-        config_errors.forbid_unknown(SlurmConfig)
-        _ADAPTER.append(TypeAdapter(SlurmConfig))
-    return _ADAPTER[0]
+KINDS: dict[str, type[ClusterConfig]] = {"slurm": SlurmConfig, "local": LocalConfig}
 
 
-_ADAPTER: list["TypeAdapter[SlurmConfig]"] = []
+def _adapter(config: type[ClusterConfig]) -> "TypeAdapter[Any]":
+    if config not in _ADAPTERS:
+        config_errors.forbid_unknown(config)
+        _ADAPTERS[config] = TypeAdapter(config)
+    return _ADAPTERS[config]
 
 
-def described(config: SlurmConfig) -> dict[str, Any]:
+_ADAPTERS: dict[type[ClusterConfig], "TypeAdapter[Any]"] = {}
+
+
+def described(config: ClusterConfig) -> dict[str, Any]:
     """What job.json says of it."""
+    if isinstance(config, LocalConfig):
+        return {}
     return {"nodes": config.nodes, "ranks": config.world, "gpus_per_node": config.gpus_per_node}

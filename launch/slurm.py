@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,32 +21,38 @@ HIDDEN = ("SLURM_CONF", "SLURM_CLUSTERS")  # of SLURM's variables those that say
 
 @dataclass(frozen=True)
 class Job:
-    """A run as SLURM is to start it. All paths are absolute."""
+    """A run as SLURM is to start it, or all of a sweep as an array. All paths are absolute."""
 
     cluster: SlurmConfig
     run: Path
+    """Folder of the run, or of the sweep."""
     folder: Path
     """Where it is submitted."""
     lead: int
     """Seconds from the warning to the time limit."""
+    elements: tuple[Path, ...] = ()
+    """Runs of a sweep, in their order: element i of the array is the i-th."""
+    at_once: int | None = None
+    """Elements that run at the same time; None: as many as SLURM lets."""
+    into: str = "submit"
+    """Folder in the run's that holds what is submitted."""
 
     @property
     def submit(self) -> Path:
-        return self.run / "submit"
+        return self.run / self.into
 
     @property
     def code(self) -> Path:
         return self.submit / "code"
 
     @property
-    def config(self) -> Path:
-        return self.submit / "config.yaml"
-
-    @property
     def rank(self) -> Rank:
+        return self.rank_of(self.run)
+
+    def rank_of(self, run: Path) -> Rank:
         cluster = self.cluster
         return Rank(
-            config=str(self.config),
+            config=str(run / "submit" / "config.yaml"),
             code=str(self.code),
             folder=str(self.folder),
             nodes=cluster.nodes,
@@ -55,9 +63,14 @@ class Job:
         )
 
     @property
+    def logs(self) -> Path:
+        """As SLURM's pattern, in which %a is the number of an element: links lead to the folders of its run."""
+        return self.submit / "logs" / "%a" if self.elements else self.run / "logs"
+
+    @property
     def log(self) -> Path:
         """SLURM's pattern of what a rank prints; %j is the job, %t the rank."""
-        return self.run / "logs" / "%j_%t.log"
+        return self.logs / "%j_%t.log"
 
     # ------------------------------------------------------------------ the batch script
     def parameters(self) -> dict[str, Any]:
@@ -79,9 +92,11 @@ class Job:
             "mail_user": cluster.mail.address if cluster.mail else None,
             "mail_type": ",".join(cluster.mail.events) if cluster.mail else None,
         }
-        own: dict[str, Any] = {"requeue": True, "output": str(self.run / "logs" / "%j.log")}
+        own: dict[str, Any] = {"requeue": True, "output": str(self.logs / "%j.log")}
         if cluster.reservation is not None:
             own["reservation"] = cluster.reservation
+        if self.elements:
+            given["array_parallelism"] = self.at_once or len(self.elements)
         return {
             **{name: value for name, value in given.items() if value is not None},
             "signal_delay_s": self.lead,
@@ -99,10 +114,14 @@ class Job:
 
     def setup(self) -> list[str]:
         """Lines before srun: what an earlier start left, the user's own, and the code of the snapshot."""
+        run = [f"run={_quoted(self.run)}"]
+        if self.elements:
+            run = ["runs=(", *map(_quoted, self.elements), ")", 'run="${runs[$SLURM_ARRAY_TASK_ID]}"']
         lines = [
-            "told= log=" + _quoted(self.run / "logs") + '/"$SLURM_JOB_ID.log"',
+            *run,
+            'told= log="$run/logs/$SLURM_JOB_ID.log"',
             "trap 'told=TERM' TERM",  # so that srun's end is waited for, and the last lines run
-            f"rm -f {_quoted(self.run / 'requeue')}",
+            'rm -f "$run/requeue"',
             'since=$(stat -c %s "$log" 2>/dev/null || echo 0)',
             *self.cluster.setup,
             f"cd {_quoted(self.code)}",
@@ -112,14 +131,14 @@ class Job:
 
     def teardown(self) -> list[str]:
         cluster = self.cluster
-        words = ["-m", "launch.after", str(self.run), f"--requeues={cluster.requeues}", f"--lead={self.lead}"]
+        words = ["-m", "launch.after", f"--requeues={cluster.requeues}", f"--lead={self.lead}"]
         if cluster.time_limits is not None:
             words.append(f"--time-limits={cluster.time_limits}")
         python = shlex.quote(sys.executable if cluster.container or not cluster.python else cluster.python)
         return [
             "code=$?",
             f"cd {_quoted(self.code)}",
-            f'{python} {shlex.join(words)} --told="$told" --since="$since" --log="$log" "$code"',
+            f'{python} {shlex.join(words)} --told="$told" --since="$since" --log="$log" "$run" "$code"',
             "exit $?",
         ]
 
@@ -139,7 +158,8 @@ class Job:
         submitit = _submitit()
         make = submitit.slurm.slurm._make_sbatch_string
         command = f"{self.python} -u -m submitit.core._submit {shlex.quote(str(self.pickles))}"
-        return str(make(command=command, folder=str(self.pickles), **self.parameters()))
+        count = {"map_count": len(self.elements)} if self.elements else {}
+        return str(make(command=command, folder=str(self.pickles), **count, **self.parameters()))
 
     # ------------------------------------------------------------------ submission
     @property
@@ -147,16 +167,32 @@ class Job:
         """submitit's folder."""
         return self.submit / "submitit"
 
-    def send(self) -> str:
-        """SLURM's id of the job. ValueError with SLURM's reason where it refuses."""
-        submitit = _submitit()
+    def check(self) -> None:
+        """ValueError where there is no SLURM, or it takes no array of so many."""
         check_sbatch()
+        if self.elements and (most := most_elements()) is not None and len(self.elements) > most:
+            raise ValueError(
+                f"{len(self.elements):,} elements: SLURM takes arrays of at most {most:,} here (MaxArraySize); "
+                "fewer values or seeds, or several sweeps"
+            )
+
+    def send(self) -> dict[str, Any]:
+        """For job.json: SLURM's id of the job, of an array that of the whole. ValueError with SLURM's reason where it
+        refuses."""
+        submitit = _submitit()
         executor = submitit.SlurmExecutor(self.pickles, python=self.python)
         executor.update_parameters(**self.parameters())
-        (self.run / "logs").mkdir(exist_ok=True)
+        for number, run in enumerate(self.elements or (self.run,)):
+            (run / "logs").mkdir(exist_ok=True)
+            if self.elements:
+                (self.submit / "logs").mkdir(exist_ok=True)
+                (self.submit / "logs" / str(number)).symlink_to(os.path.relpath(run / "logs", self.submit / "logs"))
         with outside_a_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             try:
-                return str(executor.submit(self.rank).job_id)
+                if not self.elements:
+                    return {"kind": "slurm", "job": str(executor.submit(self.rank).job_id)}
+                jobs = executor.submit_array([self.rank_of(run) for run in self.elements])
+                return {"kind": "slurm", "job": str(jobs[0].job_id).partition("_")[0]}
             except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
                 raise ValueError(f"sbatch: {reason(str(error))}") from None
 
@@ -169,6 +205,13 @@ def check_sbatch() -> None:
             f"{' and '.join(missing)}: not found; submit where the cluster's SLURM is installed, or look at it with "
             "--dry-run"
         )
+
+
+def most_elements() -> int | None:
+    """Elements that an array may have; None where SLURM does not say."""
+    ran = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60, check=False)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ran.stdout, re.MULTILINE)
+    return int(found[1]) if found else None  # indices are below it, and begin at 0
 
 
 def reason(said: str) -> str:

@@ -5,7 +5,7 @@
     crashes/rank*.json   what ended a rank last, if it could say so: its traceback
     requeue              asks whoever started the run to start it again; its text is why
     failed               why nobody should, before a person has looked
-    finished             images, config and last line of a run that is done
+    finished             images, config, last line and figures of a run that is done
 
 Rank 0 writes, inside the RunLock, but for crashes/.
 """
@@ -53,8 +53,10 @@ def finished(config: Config) -> str | None:
     return line if again and whole.exists() and done.get("config") == _alike(config) else None
 
 
-def conclude(config: Config, images: int, line: str) -> None:
-    _write(config.run / "finished", json.dumps({"images": images, "config": _alike(config), "line": line}, indent=1))
+def conclude(config: Config, images: int, line: str, figures: Mapping[str, float]) -> None:
+    """figures: of the last evaluation."""
+    told = {"images": images, "config": _alike(config), "line": line, "figures": dict(figures)}
+    _write(config.run / "finished", json.dumps(told, indent=1))
 
 
 def ask_again(run: Path, reason: str) -> None:

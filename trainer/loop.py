@@ -226,7 +226,7 @@ def _train(
     gallery.conclude(images, final, seconds=saver.seconds + speed.total)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in final.items() if name in SHOWN)
     line = f"trained on {images:,} images{f' ({figures})' if figures else ''}; everything is in {config.run}"
-    ranks.together(lambda: attempts.conclude(config, images, line))
+    ranks.together(lambda: attempts.conclude(config, images, line, final))
     terminal.finish(line)
     return 0
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launch import cluster as clusters
-from launch import slurm, snapshot, submit
+from launch import folders, slurm, snapshot, submit
 from launch.rank import Rank
 from tests import starts
 from trainer import config as configuration
@@ -174,19 +174,19 @@ def test_a_submission_that_fails_gives_the_folder_back_but_not_once_the_job_is_s
     (job.submit / "code").mkdir(parents=True)
     (job.submit / "job.json").write_text(json.dumps({"job": "12"}))
 
-    def send(self: slurm.Job) -> str:
+    def send(self: slurm.Job) -> dict[str, str]:
         if refused:
             raise ValueError("sbatch: no")
-        return "13"
+        return {"job": "13"}
 
     def full(path: Path, value: object) -> None:
         if path.name == "job.json":
             raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(slurm.Job, "send", send)
-    monkeypatch.setattr(submit, "check_sbatch", lambda: None)
-    monkeypatch.setattr(submit, "state_of", lambda job: "")
-    monkeypatch.setattr(submit, "_write_json", full)
+    monkeypatch.setattr(slurm.Job, "check", lambda self: None)
+    monkeypatch.setattr(submit, "check_idle", lambda runs: None)
+    monkeypatch.setattr(folders, "write_json", full)
     monkeypatch.setattr(submit, "describe", dict)
     with pytest.raises((ValueError, OSError), match="sbatch: no" if refused else "No space left"):
         submit.submit(job, config, command=[], root=starts.ROOT)
