@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="another than before")
     parser.add_argument("--force", action="store_true", help="also where RUN/failed says that nobody should")
     options = parser.parse_args(argv)
-    own = [word for word in options.runs if word.startswith(submit.CLUSTER) and "=" in word]
-    given = [Path(word) for word in options.runs if word not in own]
+    words = [word for word in options.runs if word.startswith(submit.CLUSTER) and "=" in word]
+    given, own = [Path(word) for word in options.runs if word not in words], submit.sorted_words(words)[1]
     if not given:
         raise ValueError("command line: no run; see `tandem resubmit --help`")
     found, notes = state.look(folders.chosen(given))
@@ -47,8 +47,6 @@ def main(argv: list[str]) -> int:
     for one in found:
         refusal = refused(one, force=options.force)
         if refusal is None:
-            if options.force:
-                (one.run / "failed").unlink(missing_ok=True)
             number, job, run = again(one.run, options.cluster, own, command=["tandem", "resubmit", *argv])
             print(submit.told(job, number, run), flush=True)
             sent += 1
@@ -82,4 +80,5 @@ def again(run: Path, cluster: Path | None, own: list[str], *, command: list[str]
     asked = clusters.load(cluster or run / "submit" / "cluster.yaml", own)
     config = dataclasses.replace(config, run=run.resolve() if not run.is_absolute() else run)
     job = submit.plan(config, asked, folder=Path(about["folder"]))
+    (run / "failed").unlink(missing_ok=True)  # there is one only with --force
     return submit.submit(job, config, command=command, again=True), job, run

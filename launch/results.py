@@ -13,6 +13,7 @@ from launch import folders
 
 SEED = "seed"
 FIRST = ("psnr", "nelbo", "nll", "kl")  # columns that come first
+NONE = ("images",)  # how many were measured: no result
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def read(sweep: Path) -> list[Result]:
 def names(found: Sequence[Result]) -> list[str]:
     """Of all figures."""
     every = {name for one in found for name in one.figures}
-    return [name for name in FIRST if name in every] + sorted(every - set(FIRST))
+    return [name for name in FIRST if name in every] + sorted(every - {*FIRST, *NONE})
 
 
 def groups(found: Sequence[Result]) -> list[dict[str, Any]]:
@@ -96,6 +97,6 @@ def as_text(found: Sequence[Result]) -> str:
 
 
 def _number(mean: float, deviation: float | None) -> str:
-    if deviation is None or not math.isfinite(deviation):
+    if not deviation or not math.isfinite(deviation):
         return f"{mean:.4g}"
     return f"{mean:.4g} ± {deviation:.2g}"

@@ -82,7 +82,7 @@ def row(one: Status) -> tuple[str, ...]:
     saved = f"{one.saved:,}, {age}" if one.saved is not None and one.saved != one.images else age
     cells = (
         str(one.run),
-        one.job or "",
+        "local" if one.kind == "local" else one.job or "",
         one.state,
         f"{one.images:,} / {one.total:,}" if one.total else f"{one.images:,}",
         "" if one.images_per_second is None else f"{one.images_per_second:,.0f}",
@@ -105,6 +105,7 @@ def as_text(found: list[Status]) -> str:
 
 
 def _draw(found: list[Status]) -> None:
+    """A sweep has a line of its own, below which its runs are called by their values."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -114,11 +115,16 @@ def _draw(found: list[Status]) -> None:
     used = [index for index in range(len(HEADS)) if any(cells[index] for cells in rows)]
     for index in used:
         right = HEADS[index] in ("images", "images/s", "left", "starts")
-        wraps = HEADS[index] in ("run", "slowest rank", "why")
-        table.add_column(
-            HEADS[index], justify="right" if right else "left", no_wrap=not wraps, overflow="fold", min_width=4
-        )
+        wraps = HEADS[index] in ("run", "checkpoint", "slowest rank", "why")
+        table.add_column(HEADS[index], justify="right" if right else "left", no_wrap=not wraps, overflow="fold")
+    sweep = None
     for one, cells in zip(found, rows, strict=True):
+        inside = folders.is_sweep(one.run.parent)
+        if inside and one.run.parent != sweep:
+            table.add_row(Text(shown(str(one.run.parent))))
+        sweep = one.run.parent
+        name = f"  {shown(one.run.name)}" if inside else cells[0]
         styles = [COLORS.get(one.state, "") if HEADS[index] == "state" else "" for index in used]
-        table.add_row(*(Text(cells[index], style=style) for index, style in zip(used, styles, strict=True)))
+        texts = [name if index == 0 else cells[index] for index in used]
+        table.add_row(*(Text(text, style=style) for text, style in zip(texts, styles, strict=True)))
     Console().print(table)

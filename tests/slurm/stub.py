@@ -1,7 +1,7 @@
 """Stands in for the trainer where torch is not the point: counts, saves, and minds signals as the trainer does.
 
 RUN/plan.json: {"images": budget, one each 50 ms, "rest": of later starts, "fail": {"rank", "after": images of a start,
-"how": "kill" or an exit code}}."""
+"how": "kill" or an exit code}, "figures": of the last evaluation}."""
 
 import json
 import os
@@ -43,6 +43,8 @@ def main(run: Path) -> int:
                     (run / "requeue").write_text(f"{signals.name(asked.request)} at {images} images\n")
             if asked.request:
                 return signals.exit_code(asked.request)
+    if rank == 0 and "figures" in plan:
+        (run / "finished").write_text(json.dumps({"images": images, "figures": plan["figures"]}))
     return 0
 
 
