@@ -8,8 +8,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -253,6 +254,32 @@ class Cluster:
         if not _wait(10, lambda: self._pid(name) is None):
             _signal({pid}, signal.SIGKILL)
         (self.dir / "run" / f"{name}.pid").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary(*, nodes: int, cpus: int, gpus: int) -> Iterator[Cluster]:
+    """A cluster of its own, on ports of its own, which is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="tandem-slurm-", dir="/tmp"))
+    folder.chmod(0o755)
+    found = Cluster(folder)
+    try:
+        found.start(nodes=nodes, cpus=cpus, gpus=gpus, port=_free_ports(nodes + 1))
+        yield found
+    finally:
+        found.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody listens on."""
+    for base in range(16_817 + os.getpid() % 1_000, 19_900, count):
+        taken = []
+        for port in range(base, base + count):
+            with socket.socket() as one:
+                taken.append(one.connect_ex(("127.0.0.1", port)) == 0)
+        if not any(taken):
+            return base
+    raise RuntimeError("no free ports")
 
 
 def _run(command: list[str]) -> None:
