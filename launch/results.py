@@ -45,7 +45,7 @@ def names(found: Sequence[Result]) -> list[str]:
 def groups(found: Sequence[Result]) -> list[dict[str, Any]]:
     """A combination of values a row: its runs, of which so many are done, and {figure: mean, deviation}.
 
-    The deviation is of a sample (n - 1), None where one run is done."""
+    The deviation is of a sample (n - 1), None where one run is done; both are where a figure is not finite."""
     rows: dict[tuple[tuple[str, str], ...], list[Result]] = {}
     for one in found:
         rows.setdefault(tuple((key, value) for key, value in one.values.items() if key != SEED), []).append(one)
@@ -55,16 +55,24 @@ def groups(found: Sequence[Result]) -> list[dict[str, Any]]:
         figures = {}
         for name in names(done):
             numbers = [one.figures[name] for one in done if name in one.figures]
+            finite = all(map(math.isfinite, numbers))
             figures[name] = {
-                "mean": statistics.fmean(numbers),
-                "deviation": statistics.stdev(numbers) if len(numbers) > 1 else None,
+                "mean": statistics.fmean(numbers) if finite else None,
+                "deviation": statistics.stdev(numbers) if finite and len(numbers) > 1 else None,
             }
         told.append({"values": dict(values), "runs": len(runs), "done": len(done), "figures": figures})
     return told
 
 
 def as_json(found: Sequence[Result]) -> dict[str, Any]:
-    runs = [{"folder": one.folder, "values": one.values, "figures": one.figures} for one in found]
+    runs = [
+        {
+            "folder": one.folder,
+            "values": one.values,
+            "figures": {name: value if math.isfinite(value) else None for name, value in one.figures.items()},
+        }
+        for one in found
+    ]
     return {"groups": groups(found), "runs": runs}
 
 
@@ -96,7 +104,7 @@ def as_text(found: Sequence[Result]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _number(mean: float, deviation: float | None) -> str:
-    if not deviation or not math.isfinite(deviation):
-        return f"{mean:.4g}"
-    return f"{mean:.4g} ± {deviation:.2g}"
+def _number(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return "not finite"
+    return f"{mean:.4g} ± {deviation:.2g}" if deviation else f"{mean:.4g}"

@@ -95,11 +95,8 @@ def expand(path: Path, overrides: Sequence[str], *, seeds: int) -> tuple[Path, l
     given = [word.partition("=")[::2] for word in overrides]
     axes = {key: parts for key, value in given if len(parts := split(value)) > 1}
     plain = [f"{key}={value}" for key, value in given if key not in axes]
-    for key, parts in axes.items():
-        if len(set(parts)) < len(parts):
-            raise ValueError(f"{key}: a value is given twice: {', '.join(parts)}")
-        if key == "run":
-            raise ValueError("run: one folder, of the sweep; its runs are named by their values")
+    if "run" in axes:
+        raise ValueError("run: one folder, of the sweep; its runs are named by their values")
     if "seed" in axes and seeds > 1:
         raise ValueError("seed: is given values, and --seeds too; leave one out")
     base = configuration.load(path, plain)
@@ -115,8 +112,8 @@ def expand(path: Path, overrides: Sequence[str], *, seeds: int) -> tuple[Path, l
             name = folder_name(own)
             config = configuration.load(path, [*plain, *(f"{key}={value}" for key, value in own.items())])
             found.append(Element(own, dataclasses.replace(config, run=folder / name), name))
-    names = [one.folder for one in found]
-    if len(set(names)) < len(names):  # values that differ in signs that no folder can have
+    _refuse_twins([dataclasses.replace(one.config, run=folder) for one in found], found)
+    if len({one.folder for one in found}) < len(found):  # values that differ in signs that no folder can have
         found = [
             dataclasses.replace(
                 one,
@@ -126,6 +123,15 @@ def expand(path: Path, overrides: Sequence[str], *, seeds: int) -> tuple[Path, l
             for number, one in enumerate(found)
         ]
     return folder, found
+
+
+def _refuse_twins(configs: Sequence[Config], elements: Sequence[Element]) -> None:
+    """ValueError where two runs would be the same, such as those of 1e-3 and 0.001."""
+    seen: dict[str, Element] = {}
+    for config, one in zip(configs, elements, strict=True):
+        first = seen.setdefault(repr(config), one)
+        if first is not one:
+            raise ValueError(f"command line: two runs would be the same: {first.folder} and {one.folder}")
 
 
 def split(text: str) -> list[str]:
