@@ -26,6 +26,7 @@ from trainer.errors import (
     INTERRUPTED,
     OUT_OF_MEMORY,
     TERMINATED,
+    UNMET,
     USER_MISTAKE,
 )
 
@@ -41,6 +42,7 @@ PASSIVE = (ASKS_AGAIN, TERMINATED, BUG)
 LASTING = (BUG, USER_MISTAKE, OUT_OF_MEMORY, FAILED, INTERRUPTED, TERMINATED)
 """Codes that another start would end with too, or that somebody wanted."""
 WORDS = {
+    UNMET: "the port where the ranks meet is taken",
     HUNG: "a rank hung",
     KILLED: "a rank was killed",
     OUT_OF_MEMORY: "out of memory",

@@ -13,6 +13,7 @@ BUG = 1
 INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE: `tandem ... | head`
 TERMINATED = 143  # 128 + SIGTERM
+UNMET = 69  # the port at which the ranks of this start were to meet is taken; EX_UNAVAILABLE
 HUNG = 70  # no progress for log.hang_after seconds
 OUT_OF_MEMORY = 71
 FAILED = 72  # RUN/failed: nobody should start this run again before a person has looked

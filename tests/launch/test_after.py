@@ -86,6 +86,7 @@ def ended(run: Path, *again: str) -> None:
         (137, None, "", None, (137, "failure")),
         (139, None, "", None, (139, "failure")),
         (70, None, "", None, (70, "failure")),
+        (69, None, "", None, (69, "failure")),  # the port is another one then
         (75, None, "", None, (75, "failure")),
         (137, None, "TERM", None, (137, None)),  # scancel, a lost node: SLURM's to decide
         (143, None, "", None, (143, None)),

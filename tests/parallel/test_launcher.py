@@ -1,9 +1,12 @@
 """A launcher that started fewer processes than it was asked for is found and refused."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -171,3 +174,33 @@ def test_each_start_of_each_job_meets_on_a_port_of_its_own(monkeypatch: pytest.M
     finally:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
+
+
+def test_ranks_of_a_job_whose_port_another_program_has_end_with_the_code_of_another_start(
+    few: Path, tmp_path: Path
+) -> None:
+    """Whatever that program does with who knocks there; launch.after starts the job again, on the next port."""
+    job, port = next((job, found) for job in range(1, 2_000) if not taken(found := launcher._port(job, 0, 0)))
+    with socket.create_server(("127.0.0.1", port)) as server:
+        threading.Thread(target=turn_away, args=(server,), daemon=True).start()
+        shared = {
+            "SLURM_JOB_ID": str(job), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_ID": "0", "SLURM_NODEID": "0",
+        }  # fmt: skip
+        ranks = [shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
+        words = [str(write_config(tmp_path, few)), "parallel.timeout=5"]  # srun ends rank 1 before that
+        ended = starts.each(tmp_path / "logs", *((words, mine) for mine in ranks)).wait()
+    assert ended.codes == [69, 69], ended.err
+    assert f"rank 0 cannot listen on port {port}, this start's (Address already in use)" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def taken(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def turn_away(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            server.accept()[0].close()

@@ -54,8 +54,6 @@ def take_srun() -> None:
             f"{', '.join(missing)}: not set, but SLURM_STEP_NUM_TASKS is {tasks}; start with `srun python -m trainer "
             "CONFIG`, or unset SLURM_STEP_NUM_TASKS for a process of its own"
         )
-    step, restart = (os.environ.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    port = _port(number("SLURM_JOB_ID"), *(int(text) if text.isdigit() else 0 for text in (step, restart)))
     found = {
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
@@ -64,7 +62,15 @@ def take_srun() -> None:
     }
     os.environ.update(found)
     os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
-    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.setdefault("MASTER_PORT", str(start_port()))
+
+
+def start_port() -> int | None:
+    """The port of this start of a job of SLURM, None outside of one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    step, restart = (os.environ.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    return _port(number("SLURM_JOB_ID"), *(int(text) if text.isdigit() else 0 for text in (step, restart)))
 
 
 def _port(job: int, step: int, restart: int) -> int:
