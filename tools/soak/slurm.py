@@ -78,7 +78,8 @@ def main(argv: list[str]) -> int:
         golden, run = folder / "golden", folder / "run"
         began = time.monotonic()
         tandem("train", *words(given, folder, golden), "--processes", str(2 * given.ranks))
-        print(f"uninterrupted, {2 * given.ranks} ranks: {given.images:,} images in {time.monotonic() - began:.0f} s")
+        seconds = time.monotonic() - began
+        print(f"uninterrupted, {2 * given.ranks} ranks: {given.images:,} images in {seconds:.0f} s", flush=True)
         cluster = Cluster(given.cluster) if given.cluster else held.enter_context(temporary(nodes=3, cpus=4, gpus=0))
         os.environ.update(cluster.exports())
         told = soak(Soak(cluster, submit(given, folder, run), given), given.events, random.Random(given.seed))  # noqa: S311
@@ -177,13 +178,15 @@ class Soak:
     def process(self, rank: int) -> int:
         """Of a rank, also before it has become the trainer."""
         marks = {f"SLURM_JOB_ID={self.job.number}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}"}
+        limit = time.monotonic() + PATIENCE
         while True:
             for path in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
                 with contextlib.suppress(OSError):
                     if {mark.encode() for mark in marks} <= set((path / "environ").read_bytes().split(b"\0")):
                         return int(path.name)
-            if self.job.state() != "RUNNING":
+            if self.job.state() in OVER or time.monotonic() > limit:
                 raise RuntimeError(f"rank {rank} has no process\n{self.job.said()}")
+            time.sleep(0.1)
 
     def reached(self, start: int, *, now: bool = True) -> int:
         """Images that a start has come to, by the heartbeats of its ranks; now: and since the last of those."""
@@ -247,7 +250,7 @@ def soak(run: Soak, events: int, chance: random.Random) -> list[Told]:
     for number, name in enumerate(drawn(events, chance)):
         early, delay, share = chance.random() < EARLY, chance.uniform(0, START), chance.random()
         start = run.restarts()
-        run.process(0)
+        run.process(0)  # waits for it
         early = early and run.saved() > before  # else three starts in a row come to nothing: a crash loop
         target = run.saved() + share * (run.images - run.saved()) / (events - number + 1)
         limit = time.monotonic() + (delay if early else 10 * PATIENCE)
