@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch import process
+from launch import folders, process
 
 NOW = time.time
 
@@ -46,6 +46,20 @@ def saved(run: Path, images: int, *, age: float = 90.0) -> None:
     path = run / "checkpoints" / f"{images:012d}"
     path.mkdir(parents=True)
     os.utime(path, (NOW() - age, NOW() - age))
+
+
+def sweep(folder: Path) -> Path:
+    """A sweep of 2 values x 2 seeds, of which one run is not done."""
+    elements = []
+    for number, (lr, seed) in enumerate((lr, seed) for lr in ("1e-3", "2e-3") for seed in "01"):
+        name = f"optim.lr={lr},seed={seed}"
+        (folder / name / "submit").mkdir(parents=True)
+        elements.append({"folder": name, "values": {"optim.lr": lr, "seed": seed}})
+        if number < 3:
+            figures = {"figures": {"psnr": 20 + number, "loss/a": float("nan"), "images": 10}, "images": 64}
+            (folder / name / "finished").write_text(json.dumps(figures))
+    folders.write_json(folder / folders.SWEEP, {"elements": elements})
+    return folder
 
 
 def squeue(folder: Path, *lines: str, code: int = 0, error: str = "", calls: Path | None = None) -> None:

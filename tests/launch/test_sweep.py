@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from launch import cluster as clusters
-from launch import folders, submit, sweep
+from launch import submit, sweep
 from tests import starts
+from tests.launch import made
 
 VAE = starts.ROOT / "configs" / "vae_fashion.yaml"
 CPU = starts.ROOT / "configs" / "cluster" / "cpu.yaml"
@@ -93,22 +94,8 @@ def test_the_batch_script_of_an_array_finds_each_run(tmp_path: Path, capsys: pyt
             sweep.main([*words, *more, "--dry-run"])
 
 
-def made(folder: Path) -> Path:
-    """A sweep of 2 values x 2 seeds, of which one run is not done."""
-    elements = []
-    for number, (lr, seed) in enumerate((lr, seed) for lr in ("1e-3", "2e-3") for seed in "01"):
-        name = f"optim.lr={lr},seed={seed}"
-        (folder / name / "submit").mkdir(parents=True)
-        elements.append({"folder": name, "values": {"optim.lr": lr, "seed": seed}})
-        if number < 3:
-            figures = {"figures": {"psnr": 20 + number, "loss/a": float("nan"), "images": 10}, "images": 64}
-            (folder / name / "finished").write_text(json.dumps(figures))
-    folders.write_json(folder / folders.SWEEP, {"elements": elements})
-    return folder
-
-
 def test_results_are_mean_and_deviation_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = made(tmp_path / "s")
+    folder = made.sweep(tmp_path / "s")
     assert sweep.main(["--table", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["optim.lr", "done", "psnr", "loss/a"]
