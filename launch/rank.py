@@ -43,7 +43,7 @@ class Rank:
     def __call__(self) -> NoReturn:
         variables = os.environ
         say(
-            f"job {variables.get('SLURM_JOB_ID')}, start {int(variables.get('SLURM_RESTART_COUNT', '0')) + 1}, rank "
+            f"job {job(variables)}, start {int(variables.get('SLURM_RESTART_COUNT', '0')) + 1}, rank "
             f"{variables.get('SLURM_PROCID')} of {variables.get('SLURM_STEP_NUM_TASKS')} on {node(variables)}, "
             f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
         )
@@ -86,6 +86,12 @@ class Rank:
                 f"{len(visible)} (CUDA_VISIBLE_DEVICES={variables.get('CUDA_VISIBLE_DEVICES', '')})"
             )
         return None
+
+
+def job(variables: Mapping[str, str]) -> str:
+    """SLURM's name of the job: 12, or 12_3 of an array."""
+    array, element = variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{element}" if array and element else variables.get("SLURM_JOB_ID", "?")
 
 
 def node(variables: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 `tandem status` answers at once; it writes nothing."""
 
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from trainer.errors import ASKS_AGAIN, FAILED, HUNG, INTERRUPTED, TERMINATED, US
 QUIET = 60.0  # seconds without a sign of life after which a rank counts as stuck; it writes one every few seconds
 LONG = 60.0  # seconds in one place that are worth a word
 RANKS_A_SECOND = 50.0  # as trainer/heartbeat.py: a large world writes less often
+JOB, LOCAL_JOB = r"\d+(_\d+)?", r"local-\d+"
 LOOP = "in a row at "  # in RUN/failed of a crash loop
 DOING = {
     "meet": "building and restoring",
@@ -78,13 +80,20 @@ class Status:
 
 def look(runs: Iterable[Path]) -> tuple[list[Status], list[str]]:
     """All runs, with one call of squeue; and notes on what could not be asked."""
-    abouts = {run: folders.read_json(run / "submit" / "job.json") for run in runs}
-    jobs = [str(about["job"]) for about in abouts.values() if "job" in about and about.get("kind", "slurm") == "slurm"]
+    abouts = {run: _about(run) for run in runs}
+    jobs = [str(about["job"]) for about in abouts.values() if about.get("kind") == "slurm"]
     entries, note = squeue.ask(jobs)
     known = None if note else entries
     found = [of(run, about, known) for run, about in abouts.items()]
     unsure = note is not None and any(one.kind == "slurm" and (one.active or one.state == "unknown") for one in found)
     return found, [note] if note and unsure else []
+
+
+def _about(run: Path) -> dict[str, Any]:
+    """submit/job.json. {} for one with a job that is none: what stands there becomes a word of squeue and scancel."""
+    about = {"kind": "slurm"} | folders.read_json(run / "submit" / "job.json")
+    fits = JOB if about["kind"] == "slurm" else LOCAL_JOB
+    return about if re.fullmatch(fits, str(about.get("job", "")), re.ASCII) else {}
 
 
 def of(run: Path, about: Mapping[str, Any], entries: Mapping[str, Entry] | None) -> Status:

@@ -251,6 +251,21 @@ def test_a_number_that_another_process_has_now_is_not_the_run(tmp_path: Path) ->
     assert of(run).state == "hung"
 
 
+def test_a_run_that_somebody_goes_on_with_by_hand_after_its_job_is_that_persons(path: Path, run: Path) -> None:
+    says(path)
+    made.ended(run, 143, "cancelled", time=made.NOW() - 800)
+    made.heartbeat(run, host="elsewhere", job=None)
+    assert (of(run).kind, of(run).state) == ("train", "running")
+
+
+@pytest.mark.parametrize("job", ["--user=me", "12 13", "12,13", "", "12_"])
+def test_what_is_no_job_becomes_no_word_of_slurms_programs(path: Path, run: Path, job: str) -> None:
+    calls = run.parent / "calls"
+    made.squeue(path, calls=calls)
+    made.submitted(run, job)
+    assert of(run).job is None and not calls.exists()
+
+
 # ---------------------------------------------------------------- the command
 def test_all_runs_below_runs_are_shown_and_json_is_for_programs(
     path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -113,7 +113,7 @@ def test_a_preempted_job_saves_and_goes_on_as_the_code_that_was_submitted(jobs: 
 def test_a_cancelled_job_is_not_started_again_and_its_folder_is_free(jobs: Jobs) -> None:
     job = jobs["cancelled"].begun()
     config = configuration.load(ROOT / "configs" / "vae_fashion.yaml", [f"run={job.run}"])
-    with pytest.raises(ValueError, match=rf"run: \S+ is job {job.number}, running; end it"):
+    with pytest.raises(ValueError, match=rf"run: \S+ is job {job.number}, (starting|running); end it"):
         submit.check_free(job.run, config)
     for words in (["--signal=USR2"], []):  # the second in which the ranks ask to be started again
         subprocess.run(["scancel", *words, job.number], check=True)
