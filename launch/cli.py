@@ -18,6 +18,14 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("launch.local", "main", "train a config on this machine, on one or more processes"),
+    "submit": Verb(
+        "launch.submit", "main", "submit a config to SLURM; the job goes on after preemption and time limit"
+    ),
+    "status": Verb("launch.status", "main", "say how runs are doing: state, images, speed, slowest rank, why it waits"),
+    "logs": Verb("launch.logs", "main", "print what a submitted run prints; -f follows it over all its starts"),
+    "cancel": Verb("launch.cancel", "main", "end submitted runs, and say what is saved of them"),
+    "resubmit": Verb("launch.resubmit", "main", "submit a run again that has ended, with the code it had"),
+    "sweep": Verb("launch.sweep", "main", "train each combination of several values and seeds; compare them"),
     "check": Verb("trainer.check", "main", "say what a config would do (size, memory, batches) and try two batches"),
     "data make": Verb("tools.shards.make", "main", "make WebDataset shards from a folder of images or a named set"),
     "data index": Verb("tools.shards.index", "main", "index shards of any other maker, or renew the index of a set"),

@@ -22,12 +22,13 @@ from typing import NoReturn
 
 from launch.failures import failure_file, first_failure
 from launch.machines import ALONE, Machines, add_arguments, chosen
-from trainer.errors import USER_MISTAKE, to_stderr
+from trainer import signals
+from trainer.errors import ASKS_AGAIN, BUG, HUNG, INTERRUPTED, STOPS, TERMINATED, USER_MISTAKE, to_stderr
 
 POLL = 0.05  # seconds between looks at the workers
 SETTLE = 2.0  # seconds that the others get to fail by themselves and say why, after the first failure
 GRACE = 5.0  # seconds between SIGTERM, or the second Ctrl-C, and SIGKILL
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a rank that stopped as asked
+STOPPED = (INTERRUPTED, TERMINATED, ASKS_AGAIN)  # exit codes of a rank that stopped as asked
 UNCAUSED = tuple(128 + number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL))
 """Exit codes that no lost peer gives a rank: while we have sent nothing, such an end is the cause of the others'."""
 
@@ -141,14 +142,16 @@ def send(workers: Sequence[Worker], number: int) -> None:
 
 @contextmanager
 def forwarded_signals(workers: list[Worker]) -> Iterator[list[int]]:
-    """While inside, SIGINT and SIGTERM go to every worker, each as often as it comes. Yields those that came."""
+    """While inside, SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 go to every worker: the first as often as it comes, the others
+    once, whoever repeats them. Yields those that came."""
     came: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT or number not in came:
+            send(workers, number)
         came.append(number)
-        send(workers, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in STOPS}
     try:
         yield came
     finally:
@@ -161,7 +164,8 @@ def watch(workers: Sequence[Worker], came: Sequence[int]) -> Worker | None:
 
     A rank that lost a killed peer may be seen to end before that peer is: the killed one is the one that failed.
     After a failure the others are ended in seconds. After one Ctrl-C they have all the time that saving takes: a rank
-    that ends with 130 or 143 then has done as asked. After the second they are killed if they do not stop on their own.
+    that ends with 130, 143 or 75 then has done as asked, and with 75 whoever asked it. After a second Ctrl-C they are
+    killed if they do not stop on their own.
     """
     failed: Worker | None = None
     deadlines: list[tuple[float, int]] = []
@@ -172,7 +176,8 @@ def watch(workers: Sequence[Worker], came: Sequence[int]) -> Worker | None:
             if code is None or worker.code is not None:
                 continue
             worker.code = code if code >= 0 else 128 - code
-            as_asked = (came and worker.code in STOPPED) or (len(came) > 1 and worker.code == 128 + signal.SIGKILL)
+            as_asked = worker.code == ASKS_AGAIN or (came and worker.code in STOPPED)
+            as_asked = as_asked or (came.count(signal.SIGINT) > 1 and worker.code == 128 + signal.SIGKILL)
             if worker.code and not as_asked and failed is None:
                 failed = worker
                 now = time.monotonic()
@@ -181,7 +186,7 @@ def watch(workers: Sequence[Worker], came: Sequence[int]) -> Worker | None:
                 failed = worker
         if all(worker.code is not None for worker in workers):
             return failed
-        if len(came) > 1 and not deadlines:
+        if came.count(signal.SIGINT) > 1 and not deadlines:
             deadlines = [(time.monotonic() + GRACE, signal.SIGKILL)]
         if deadlines and time.monotonic() >= deadlines[0][0]:
             send(workers, deadlines[0][1])
@@ -204,21 +209,23 @@ def report(failed: Worker, failures: Path) -> int:
     """Prints the first failure of a run and returns its exit code."""
     assert failed.code is not None
     silent = not failure_file(failures, failed.rank).exists()
+    if silent and failed.code == HUNG:  # has named the rank to blame itself
+        return failed.code
     if silent and failed.code != USER_MISTAKE:
         to_stderr(explain(failed))
         return failed.code
     first = first_failure(failures)
     if first is None:  # a parser that exits with 2 has said why itself
         return failed.code
-    to_stderr(first.text if first.code == USER_MISTAKE else f"rank {first.rank} failed first:\n{first.text}")
+    to_stderr(first.text if first.code != BUG else f"rank {first.rank} failed first:\n{first.text}")
     return first.code
 
 
 def launch(module: str, arguments: Sequence[str], *, processes: int, port: int = 0, machines: Machines = ALONE) -> int:
     """Runs `module`'s `main(arguments)` on `processes` ranks of this machine.
 
-    Returns 0, the exit code of the rank that failed first (its message is the only one printed), or 130 after a Ctrl-C
-    and 143 after a SIGTERM that stopped the run.
+    Returns 0, the exit code of the rank that failed first (its message is the only one printed), or that of the signal
+    that stopped the run: 130 Ctrl-C, 143 SIGTERM, 75 SIGUSR1 or SIGUSR2, after which the run asks to be started again.
     """
     command = [*python("launch.worker"), module, *arguments]
     workers: list[Worker] = []
@@ -229,23 +236,30 @@ def launch(module: str, arguments: Sequence[str], *, processes: int, port: int =
                 shared = environment(
                     processes=processes, server=server, failures=failures, port=port, machines=machines
                 )
-                for local in range(processes):
-                    rank = machines.number * processes + local
-                    workers.append(start(command, rank=rank, local=local, shared=shared, server=server))
-                    if came:  # a signal between fork and append did not reach it
-                        send(workers[-1:], came[-1])
+                signals.hold()  # one that comes now waits here until all can be told, and there for handlers
+                try:
+                    for local in range(processes):
+                        rank = machines.number * processes + local
+                        workers.append(start(command, rank=rank, local=local, shared=shared, server=server))
+                finally:
+                    signals.release()
                 failed = watch(workers, came)
         finally:
             send(workers, signal.SIGKILL)
         if failed:
             return report(failed, Path(folder))
-        return 128 + came[0] if came and any(worker.code for worker in workers) else 0
+        codes = {worker.code for worker in workers}
+        if ASKS_AGAIN in codes:
+            return ASKS_AGAIN
+        stops = [number for number in came if number in (signal.SIGINT, signal.SIGTERM)]
+        return 128 + stops[0] if stops and codes != {0} else 0
 
 
 def become_trainer(arguments: Sequence[str]) -> NoReturn:
     """Replaces this process by the trainer: with one rank there is nothing to launch."""
     os.environ.update(thread_environment(processes=1))
     sys.stdout.flush()
+    signals.hold()
     os.execv(sys.executable, [*python("trainer"), *arguments])
 
 

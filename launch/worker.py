@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from launch.failures import Failure, write_failure
-from trainer.errors import INTERRUPTED, boundary, leave
+from trainer import signals
+from trainer.errors import TERMINATED, boundary, leave
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -20,7 +21,7 @@ def die_with_launcher() -> None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(os.environ["TANDEM_LAUNCHER"]):  # it was gone before we asked
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(TERMINATED)
 
 
 def serve_store() -> object:
@@ -48,8 +49,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    # Ctrl-C ends the worker at once and without a word, until training takes it over.
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    signals.install()  # Ctrl-C ends the worker at once and without a word, until training takes it over
     die_with_launcher()
     said: list[str] = []
     code = boundary(run, argv, report=said.append)

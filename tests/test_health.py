@@ -1,19 +1,11 @@
-"""What watches a run: skipped updates that go on for too long, and signals that ask it to stop."""
+"""What watches a run's numbers: skipped updates that go on for too long, a posterior that collapses."""
 
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from trainer.health import Collapse, NonFinite, Signals, check_finite
-
-ROOT = Path(__file__).resolve().parents[1]
+from trainer.health import Collapse, NonFinite, check_finite
 
 
 def notes(*skipped: int, phase: str = "generator") -> dict[str, list[torch.Tensor]]:
@@ -83,70 +75,6 @@ def test_no_notes_are_no_news() -> None:
     watch = NonFinite(patience=1)
     watch.look({}, images=0)
     assert watch.export() == {}
-
-
-# ---------------------------------------------------------------- signals
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_noted_and_nothing_else_happens(number: int, code: int) -> None:
-    before = signal.getsignal(number)
-    with Signals() as signals:
-        assert signals.code == 0
-        os.kill(os.getpid(), number)
-        assert signals.code == code
-    assert signal.getsignal(number) is before
-
-
-def test_handlers_are_given_back_after_an_error_too() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(RuntimeError), Signals():
-        raise RuntimeError
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_several_sigterms_still_wait_for_the_save() -> None:
-    with Signals() as signals:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.code == 143
-
-
-LOOP = """
-import sys, time
-from trainer.health import Signals
-with Signals() as signals:
-    print("ready", flush=True)
-    while not signals.code:
-        time.sleep(0.01)
-    print("saving", flush=True)
-    time.sleep(float(sys.argv[1]))
-    print("saved", flush=True)
-sys.exit(signals.code)
-"""
-
-
-def looping(*, save: float) -> "subprocess.Popen[str]":
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOOP, str(save)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "saving\n"
-    return process
-
-
-def test_one_interrupt_saves_and_ends_with_130() -> None:
-    process = looping(save=0.2)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (130, "saved\n", "")
-
-
-def test_a_second_interrupt_ends_at_once_without_the_save() -> None:
-    process = looping(save=60)
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (130, "", "")
-    assert time.monotonic() - began < 10
 
 
 # ---------------------------------------------------------------- posterior collapse

@@ -14,6 +14,7 @@ FLOORS = ("trainer", "launch", "tools")
 # What a part may import of this project. A part that is not listed may import all of `trainer`.
 MAY_IMPORT = {
     "trainer.errors": (),
+    "trainer.signals": ("trainer.errors",),
     "trainer.progress": (),
     "trainer.kernels": ("trainer.kernels",),
     "trainer.losses": ("trainer.losses", "trainer.kernels", "trainer.progress"),
@@ -26,7 +27,16 @@ MAY_IMPORT = {
         "trainer.bounds",
         "trainer.errors",
     ),
-    "launch": ("launch", "trainer.config", "trainer.errors"),
+    "launch": (
+        "launch",
+        "trainer.config",
+        "trainer.config_yaml",
+        "trainer.config_errors",
+        "trainer.bounds",
+        "trainer.parallel.config",
+        "trainer.errors",
+        "trainer.signals",
+    ),
     "tools": ("tools", "trainer"),
     "tools.demo": ("tools", "trainer", "launch"),  # does what a user does, on two processes
 }
@@ -55,7 +65,7 @@ NOWHERE = {
     "shelve": "executes what it reads",
 }
 HARMLESS = {"pickle.UnpicklingError"}  # what torch.load raises for a file that it refuses
-READS_ENVIRONMENT = ("trainer.parallel", "launch", "tools.setup")
+READS_ENVIRONMENT = ("trainer.parallel", "launch", "tools.setup", "tools.slurm")
 
 
 class Source(NamedTuple):

@@ -25,6 +25,7 @@ from PIL import Image
 from launch import machines
 from launch.cli import VERBS
 from tests import starts
+from tests.launch import made as runs_made
 from tests.starts import ROOT, SHORT
 from tools.shards.make import parse as make_options
 from trainer import config as configuration
@@ -166,6 +167,42 @@ def helped(words: list[str], work: Path) -> None:
     assert "usage:" in said.out
 
 
+def shown(words: list[str], work: Path) -> None:
+    """What would be submitted; tests/slurm submits."""
+    dry = [word for word in words if word != "--dry-run"]
+    said = starts.tandem(work / "logs", *dry[1:], "--dry-run", cwd=work).ok()
+    if "local" in words:
+        assert "tandem train" in said.out
+    else:
+        assert "#!/bin/bash" in said.out and "srun" in said.out
+
+
+def of_submitted(words: list[str], work: Path) -> None:
+    """On runs that were submitted and are done; tests/launch and tests/slurm have others."""
+    for word in words[2:]:
+        if word.startswith("runs/"):
+            run = runs_made.here(work / word)
+            (run / "logs").mkdir(exist_ok=True)
+            (run / "logs" / "local-1_0.log").write_text("trained\n")
+            runs_made.ended(run, 0, "done")
+    said = starts.tandem(work / "logs", *words[1:], cwd=work)
+    if words[1] == "resubmit":
+        assert "is done; for more" in said.refused()
+    else:
+        assert ("trained" if words[1] == "logs" else "is over already: done") in said.ok().out
+
+
+def tabled(words: list[str], work: Path) -> None:
+    runs_made.sweep(work / words[3])
+    assert "20.5 ± 0.71" in starts.tandem(work / "logs", *words[1:], cwd=work).ok().out
+
+
+def of_slurm(words: list[str], work: Path) -> None:
+    """Its verb and options exist; tests/slurm starts a cluster."""
+    told = program([sys.executable, "-m", "tools.slurm", "--help"], ROOT)
+    assert all(word.strip("`") in told for word in words[3:])
+
+
 def refused(words: list[str], work: Path) -> None:
     """A launcher that silently starts fewer processes than it was asked for."""
     said = program([*words, "-m", "trainer", PLACEHOLDERS["CONFIG"], "run=runs/fewer"], work, code=1)  # accelerate's
@@ -205,6 +242,17 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"tandem data (check|index|make|reshard|show|stats|verify)": lambda words, work: helped([*words, "--help"], work),
     r"tandem data (check|index|reshard|show|stats|verify) .*": forked,
     r"tandem (train|check)": lambda words, work: helped([*words, "--help"], work),
+    r"tandem status( runs/.*)?": forked,
+    r"tandem (cancel|logs|resubmit|status|sweep)( (RUN|CONFIG|\[).*)?": lambda words, work: helped(
+        [*words[:2], "--help"], work
+    ),
+    r"tandem (cancel|logs|resubmit) runs/.*": of_submitted,
+    r"tandem sweep --table .*": tabled,
+    r"tandem sweep .*": shown,
+    r"tandem submit CONFIG \[.*": lambda words, work: helped([*words[:2], "--help"], work),
+    r"tandem submit": lambda words, work: helped([*words, "--help"], work),
+    r"tandem submit .*": shown,
+    r"python -m tools\.slurm .*": of_slurm,
     r"tandem train CONFIG \[.*": lambda words, work: trained(["tandem", "train", PLACEHOLDERS["CONFIG"]], work),
     r"tandem train config\.yaml": lambda words, work: trained(
         ["tandem", "train", "runs/vae_fashion/config.yaml", "run=runs/again"], work

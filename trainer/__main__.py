@@ -3,13 +3,12 @@
 Trains one run. Started by `tandem train`, `accelerate launch`, torchrun, or plain `python -m trainer`.
 """
 
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 
-from trainer.errors import INTERRUPTED, boundary, leave
+from trainer import signals
+from trainer.errors import boundary, leave
 
 USAGE = """\
 usage: tandem train CONFIG [key=value ...]
@@ -68,6 +67,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # until training takes it over: an interrupt in the middle of torch's imports would end in their tracebacks
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    signals.install()  # before torch's imports, in which a notice would kill and an interrupt show their tracebacks
     leave(boundary(main, sys.argv[1:]))

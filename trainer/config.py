@@ -41,9 +41,13 @@ class CheckpointConfig:
     init_from: Path | None = None
     """Checkpoint or run whose weights a new run begins with (fine-tuning), or a folder with an AutoencoderKL of
     diffusers, for method.autoencoder.kind: kl; optimiser and clock start afresh."""
+    notice: float | None = None
+    """Seconds from SIGTERM to the kill that follows it, as the cluster grants them (SLURM's KillWait, 30): the run
+    saves on a SIGTERM only if its last save was faster than what is left of them. null: however long a save takes."""
 
     def __post_init__(self) -> None:
         bounds.at_least(0, self, "every")
+        bounds.above_zero(self, "notice")
         if self.keep_last < 1:
             raise ValueError(f"keep_last: {self.keep_last} would keep no checkpoint; at least 1")
 
@@ -65,10 +69,14 @@ class LogConfig:
     Each checkpoint is preceded by one; 0 never compares."""
     patience: int = 50
     """Updates in a row that may be skipped for a gradient that is not finite before the run stops with an error."""
+    hang_after: float = 600.0
+    """Seconds without an update, a read batch or a batch of an evaluation after which the run counts as hung: the
+    stacks of all ranks are saved, the one to blame is named, exit code 70. Before the first update and in a save three
+    times that. 0 never."""
 
     def __post_init__(self) -> None:
         bounds.at_least(1, self, "every", "evaluate_images", "patience")
-        bounds.at_least(0, self, "pictures_every", "evaluate_every", "compare_every")
+        bounds.at_least(0, self, "pictures_every", "evaluate_every", "compare_every", "hang_after")
 
 
 @dataclass(frozen=True)

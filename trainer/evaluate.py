@@ -1,7 +1,7 @@
 """What a method is worth on the test split, measured on all ranks from the averaged weights."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainer.build import image_shape
 from trainer.config import Config
-from trainer.data import Batch, Feed, Stream, Transform
+from trainer.data import Batch, Feed, Interrupted, Stream, Transform
 from trainer.kernels import noise
 from trainer.losses.divergence import clamped_share
 from trainer.losses.reconstruction import bits_per_dim, dequantize
@@ -31,21 +31,25 @@ def evaluate(
     config: Config,
     limit: int | None,
     ranks: Ranks,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Means over the test split, or its first `limit` images; {} for a method without an encoder. A collective.
 
     psnr (dB): of reconstructions from the posterior mean, mean over images. nll, kl, nelbo (nats an image): see `elbo`.
     bits_per_dim/<likelihood>: of the nelbo, in the 8-bit scale. active_units: Burda et al. 2016, threshold 0.01.
-    clamped: share of log-variances at the clamp; an encoder that saturates nears 1.
+    clamped: share of log-variances at the clamp; an encoder that saturates nears 1. stop: asked at each batch; where it
+    says so on one rank, Interrupted on all.
     """
     if not hasattr(method, "encode"):
         return {}
     sums: dict[str, Tensor] = {}
-    units = ActiveUnits()
+    units, stopped = ActiveUnits(), False
     steps = None if limit is None else -(-limit // config.batch)
     with contextlib.closing(stream.evaluation(config.batch)) as batches:
         feed = Feed(islice(batches, steps), device=ranks.device, transform=Transform.plain(config.data))
         for given in feed:
+            if stopped := stop():
+                break
             weight = given.weight.double()
             mean, logvar = method.encode(networks, given.image)
             values = {
@@ -61,6 +65,8 @@ def evaluate(
                 sums[name] = sums[name] + total if name in sums else total
             units.add(mean[given.weight > 0])
     ranks.agree(feed.fault)
+    if ranks.largest(int(stopped)):
+        raise Interrupted
     names = sorted(sums)
     total = ranks.sum(torch.stack([sums[name] for name in names]))
     found = dict(zip(names, total.tolist(), strict=True))

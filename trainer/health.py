@@ -1,15 +1,11 @@
-"""Watches over a run: signals that ask it to stop, updates that were skipped for a gradient that is not finite, bad
-samples."""
+"""Watches over a run's numbers: updates that were skipped for a gradient that is not finite, collapse, bad samples."""
 
 import itertools
 import json
 import math
 import os
-import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor
@@ -17,39 +13,6 @@ from torch import Tensor
 from trainer.data import Stream
 from trainer.data.quarantine import Bad
 from trainer.parallel.ranks import Ranks
-
-INTERRUPTED = 128 + signal.SIGINT
-SHOW_CURSOR = b"\x1b[?25h\n"
-
-
-class Signals:
-    """`with Signals() as signals:` a first SIGINT or a SIGTERM sets `signals.code`; a second SIGINT ends the process.
-
-    A handler only notes: what is done about it is done between two updates, on all ranks alike."""
-
-    def __init__(self) -> None:
-        self.code = 0
-        """Exit code that the shell expects of a run ended by the signal that came; 0: none came."""
-        self._interrupts = 0
-        self._before: dict[int, object] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.code = 128 + number
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                if sys.stdout.isatty():
-                    os.write(sys.stdout.fileno(), SHOW_CURSOR)  # the progress bar hid it
-                os._exit(INTERRUPTED)  # the user does not want to wait for a save, nor for peers
-
-    def __enter__(self) -> "Signals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
 
 
 class NonFinite:

@@ -1,6 +1,7 @@
 """A run's state by name, to and from its folder: what a checkpoint holds, and what must fit when a run goes on."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class Saver:
         """Training time before this start."""
         self.path: Path | None = None
         """The newest checkpoint, on every rank."""
+        self.images: int | None = None
+        """That `path` has seen."""
+        self.save_seconds: float | None = None
+        """That the last save took; None: not known."""
+        self.owed: list[str] = []
+        """What was left out when that which was restored was saved in a hurry: evaluate, pictures."""
 
     def restore(self) -> int:
         """Images seen by what the config says to go on from; 0 for a new run. A collective.
@@ -52,6 +59,7 @@ class Saver:
         if path is not None:
             found = checkpoint.load(Path(path), verify=False)  # `choose` has just read every byte
             images = self._take(found)
+            self.path, self.images = Path(path), images
         else:
             images = 0
             if self.config.checkpoint.init_from is not None:
@@ -59,8 +67,10 @@ class Saver:
         self.ranks.together(self._write_config)
         return images
 
-    def save(self, images: int, *, metrics: Mapping[str, float], seconds: float) -> None:
-        """A collective: returns on all ranks when the checkpoint is whole. seconds: of training in this start."""
+    def save(self, images: int, *, metrics: Mapping[str, float], seconds: float, owed: Sequence[str] = ()) -> None:
+        """A collective: returns on all ranks when the checkpoint is whole. seconds: of training in this start. owed:
+        what is due at these images and was left out."""
+        began = time.monotonic()
         tensors = self._tensors()
         state: dict[str, Any] = {
             "images": images,
@@ -70,8 +80,18 @@ class Saver:
             "seconds": self.seconds + seconds,
             "skipped": self.nonfinite.export(),
             "metrics": dict(metrics),
+            "owed": list(owed),
         }
         self.path = Path(self.ranks.together(lambda: self._write(images, tensors, state)))
+        self.images, self.save_seconds = images, time.monotonic() - began
+
+    def too_late(self, spent: float) -> bool:
+        """A collective: whether the last save took longer than what `checkpoint.notice` leaves, `spent` seconds after
+        a SIGTERM."""
+        notice = self.config.checkpoint.notice
+        if notice is None:
+            return False
+        return self.ranks.largest(int((self.save_seconds or 0.0) > notice - spent)) > 0
 
     # ------------------------------------------------------------------ rank 0
     def _choose(self) -> str | None:
@@ -140,6 +160,9 @@ class Saver:
         assert isinstance(skipped, dict) and isinstance(seconds, float)
         self.nonfinite.load({name: int(count) for name, count in skipped.items()})
         self.seconds = seconds
+        owed = found.state.get("owed", [])
+        assert isinstance(owed, list)
+        self.owed = list(map(str, owed))
         if self.ranks.rank == 0:
             self.said.append(f"goes on from {found.path} at {found.images:,} images")
             self.said += [f"changed since then: {line}" for line in changes]

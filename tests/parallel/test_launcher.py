@@ -1,9 +1,12 @@
 """A launcher that started fewer processes than it was asked for is found and refused."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -142,3 +145,62 @@ def test_a_variable_that_is_no_number_is_named(name: str, value: str, few: Path,
     starts.each(tmp_path / "logs", ([str(config)], given | deepspeed | {name: value})).wait().refused(
         f"{name}: {value!r}"
     )
+
+
+def test_gpus_that_torch_does_not_find_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher.check_gpus(0)
+    monkeypatch.setenv("TANDEM_GPUS", "8")
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu07")
+    launcher.check_gpus(8)
+    with pytest.raises(ValueError, match="8 GPUs a node were asked for, torch finds 0 on gpu07"):
+        launcher.check_gpus(0)
+
+
+def test_each_start_of_each_job_meets_on_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = {launcher._port(job, 0, restart) for job in range(1_000, 1_700) for restart in range(7)}
+    assert len(ports) == 700 * 7 and min(ports) >= 20_000 and max(ports) < 32_000
+    assert launcher._port(12, 0, 0) != launcher._port(12, 1, 0)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    job = {"SLURM_JOB_ID": "12", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_RESTART_COUNT": "2", "SLURM_LOCALID": "1"}
+    for name, value in (job | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_NODEID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2)")
+    parent(monkeypatch, "slurmstepd")
+    launcher.take_srun()
+    try:
+        assert os.environ["MASTER_PORT"] == str(20_000 + 7 * 12 + 2) and os.environ["MASTER_ADDR"] == "gpu03"
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("3", "4", "2")
+    finally:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+
+
+def test_ranks_of_a_job_whose_port_another_program_has_end_with_the_code_of_another_start(
+    few: Path, tmp_path: Path
+) -> None:
+    """Whatever that program does with who knocks there; launch.after starts the job again, on the next port."""
+    job, port = next((job, found) for job in range(1, 2_000) if not taken(found := launcher._port(job, 0, 0)))
+    with socket.create_server(("127.0.0.1", port)) as server:
+        threading.Thread(target=turn_away, args=(server,), daemon=True).start()
+        shared = {
+            "SLURM_JOB_ID": str(job), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_ID": "0", "SLURM_NODEID": "0",
+        }  # fmt: skip
+        ranks = [shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
+        words = [str(write_config(tmp_path, few)), "parallel.timeout=5"]  # srun ends rank 1 before that
+        ended = starts.each(tmp_path / "logs", *((words, mine) for mine in ranks)).wait()
+    assert ended.codes == [69, 69], ended.err
+    assert f"rank 0 cannot listen on port {port}, this start's (Address already in use)" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def taken(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def turn_away(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            server.accept()[0].close()

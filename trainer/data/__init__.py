@@ -4,6 +4,7 @@ from trainer.data.batch import Batch, RawBatch
 from trainer.data.config import DataConfig, MixtureConfig, ShardsConfig
 from trainer.data.device import Feed, Transform, to_device
 from trainer.data.pixels import to_float, to_uint8
+from trainer.data.reader import Interrupted
 from trainer.data.samples import Samples
 from trainer.data.stream import Stream
 
@@ -11,6 +12,7 @@ __all__ = [
     "Batch",
     "DataConfig",
     "Feed",
+    "Interrupted",
     "MixtureConfig",
     "RawBatch",
     "Samples",

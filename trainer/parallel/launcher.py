@@ -31,6 +31,17 @@ def asked_processes() -> tuple[int, str] | None:
     return (tasks, "srun (SLURM_STEP_NUM_TASKS)") if tasks > 1 else None
 
 
+def check_gpus(found: int) -> None:
+    """ValueError where torch finds another number of GPUs than `tandem submit` asked for: a run of eight GPUs would
+    train on a CPU for its whole time limit where a node's driver is gone, or torch is built for CPUs."""
+    if "TANDEM_GPUS" in os.environ and (asked := number("TANDEM_GPUS")) != found:
+        node = os.environ.get("SLURMD_NODENAME", "this one")
+        raise ValueError(
+            f"{asked} GPUs a node were asked for, torch finds {found} on {node}; see `tandem env` there: a "
+            "driver that does not answer, or torch built for CPUs"
+        )
+
+
 def take_srun() -> None:
     """Under `srun python -m trainer` SLURM's variables become torch's, as torchrun would set them."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
@@ -43,8 +54,6 @@ def take_srun() -> None:
             f"{', '.join(missing)}: not set, but SLURM_STEP_NUM_TASKS is {tasks}; start with `srun python -m trainer "
             "CONFIG`, or unset SLURM_STEP_NUM_TASKS for a process of its own"
         )
-    job, step = number("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID", "0")
-    port = 20_000 + (job * 16 + (int(step) if step.isdigit() else 0)) % 10_000  # below the ports given out by Linux
     found = {
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
@@ -53,7 +62,20 @@ def take_srun() -> None:
     }
     os.environ.update(found)
     os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
-    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.setdefault("MASTER_PORT", str(start_port()))
+
+
+def start_port() -> int | None:
+    """The port of this start of a job of SLURM, None outside of one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    step, restart = (os.environ.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    return _port(number("SLURM_JOB_ID"), *(int(text) if text.isdigit() else 0 for text in (step, restart)))
+
+
+def _port(job: int, step: int, restart: int) -> int:
+    """Below the ports that Linux gives out (32768 on); another for each start of a job, should one still be held."""
+    return 20_000 + (7 * job + 1_009 * step + restart) % 12_000
 
 
 def _first_host(listed: str) -> str:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from trainer.errors import BUG, USER_MISTAKE
+from trainer.errors import code_of
 from trainer.parallel import accelerated, rendezvous
 from trainer.parallel.config import ParallelConfig
-from trainer.parallel.launcher import asked_processes, take_srun
+from trainer.parallel.launcher import asked_processes, check_gpus, take_srun
 
 
 class Ranks:
@@ -102,7 +102,7 @@ class Ranks:
             try:
                 value = call()
             except Exception as found:  # noqa: BLE001  raised below, once the others know
-                error, code = found, USER_MISTAKE if isinstance(found, (ValueError, OSError)) else BUG
+                error, code = found, code_of(found)
         value, code = self.first([value, code])
         if error is not None:
             raise error
@@ -133,6 +133,7 @@ def start(config: ParallelConfig, *, alike: Mapping[str, Any] | None = None) -> 
     there twice or of another mind.
     """
     take_srun()
+    check_gpus(torch.cuda.device_count())
     asked = asked_processes()
     store = rendezvous.join(alike or {}, timeout=config.timeout)
     ranks = Ranks(accelerated.start(config), store=store, timeout=config.timeout)

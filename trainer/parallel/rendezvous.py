@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
+from trainer.errors import UNMET, Ending
 from trainer.parallel import agreement
-from trainer.parallel.launcher import number
+from trainer.parallel.launcher import number, start_port
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PAUSE = 0.05  # seconds between looks into the store
@@ -145,6 +146,8 @@ def _connect(place: Place, *, timeout: float) -> tuple[object, TCPStore]:
             server = TCPStore("127.0.0.1", place.port, is_master=True, timeout=wait, wait_for_workers=False)
         except RuntimeError as error:
             reason = os.strerror(errno.EADDRINUSE) if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+            if place.port == start_port():  # nobody chose it, and the next start has another
+                raise Ending(f"rank 0 cannot listen on port {place.port}, this start's ({reason})", UNMET) from None
             raise ValueError(
                 f"MASTER_PORT: rank 0 cannot listen on port {place.port} ({reason}): another run, or another rank 0, "
                 "may have it; choose another port"
@@ -154,7 +157,8 @@ def _connect(place: Place, *, timeout: float) -> tuple[object, TCPStore]:
         return server, TCPStore(place.address, place.port, timeout=wait, wait_for_workers=False)
     except RuntimeError as error:
         first = str(error).splitlines()[0][:200]
-        raise ValueError(f"rank {place.rank}: no store at {place.address}:{place.port}: {first}") from None
+        what = f"rank {place.rank}: no store at {place.address}:{place.port}: {first}"
+        raise (Ending(what, UNMET) if place.port == start_port() else ValueError(what)) from None
 
 
 def _reach(place: Place, *, timeout: float) -> None:
