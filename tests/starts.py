@@ -17,7 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.errors import INTERRUPTED, boundary
+from trainer import signals
+from trainer.errors import boundary
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -214,7 +215,7 @@ def _become(
         file = os.open(log.with_suffix(kind), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))  # as trainer/__main__.py
+    signals.install()  # as trainer/__main__.py
     os.environ.update(variables)
     os.chdir(cwd)
     log.with_suffix(".ready").touch()
