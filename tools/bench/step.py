@@ -167,7 +167,9 @@ def variants(config: Config, ranks: Ranks, given: argparse.Namespace) -> dict[st
     if given.parts:
         alone: Impl = "triton" if kernels else "compiled"
         names = operations(eager)
-        for name in [] if given.quick and not kernels else names:
+        if alone == "compiled":  # noise never is
+            names = [] if given.quick else [name for name in names if name != "noise"]
+        for name in names:
             found[f"{name} alone, {alone}"] = Taken(config, ranks, alone, name)
         for name, kind in OFF.items():
             found[name] = Taken(config, ranks, "auto", engine=kind)
