@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch import folders, process, squeue, state, status
+from launch import beats, folders, process, squeue, state, status
 from launch.state import Status
 from tests.launch import made
 
@@ -322,4 +322,4 @@ def test_it_imports_nothing_heavy() -> None:
     ],
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
-    assert state.duration(seconds) == text
+    assert beats.duration(seconds) == text
