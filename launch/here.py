@@ -8,6 +8,7 @@ looks for RUN/submit/cancel. It writes RUN/submit/process.json (what trains now)
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ class LocalJob:
     def script(self) -> str:
         """What would be started, for a person to read."""
         runs = self.elements or (self.run,)
-        return "\n".join(" ".join(["tandem train", *self.arguments(run)]) for run in runs)
+        return "\n".join(shlex.join(["tandem", "train", *self.arguments(run)]) for run in runs)
 
     def arguments(self, run: Path) -> list[str]:
         return [str(run / "submit" / "config.yaml"), "--processes", str(self.processes)]

@@ -1,7 +1,9 @@
 """Which process of this machine is meant, so that another that got its number later is not taken for it."""
 
+import os
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ def alive(told: dict[str, Any]) -> bool:
     if not isinstance(pid, int) or started is None or elsewhere(told) or told.get("boot") != _boot():
         return False
     return bool(_started(pid) == started)
+
+
+def began_before(pid: int, moment: float) -> bool:
+    """Whether the process of this number runs and began before `moment`, in seconds of the clock. Linux only."""
+    ticks = _started(pid)
+    if ticks is None:
+        return False
+    booted = time.time() - float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    return booted + int(ticks) / os.sysconf("SC_CLK_TCK") <= moment
 
 
 def _started(pid: int) -> str | None:

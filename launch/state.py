@@ -1,7 +1,6 @@
 """How a run is doing, of what it wrote into its folder and what SLURM says of its job. Standard library only, so that
 `tandem status` answers at once; it writes nothing."""
 
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -9,25 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch import folders, process, squeue
+from launch import beats, folders, process, squeue
 from launch.after import lines
 from launch.squeue import Entry
 from trainer.errors import ASKS_AGAIN, FAILED, HUNG, INTERRUPTED, TERMINATED, USER_MISTAKE
 
-QUIET = 60.0  # seconds without a sign of life after which a rank counts as stuck; it writes one every few seconds
 LONG = 60.0  # seconds in one place that are worth a word
-RANKS_A_SECOND = 50.0  # as trainer/heartbeat.py: a large world writes less often
 JOB, LOCAL_JOB = r"\d+(_\d+)?", r"local-\d+"
 LOOP = "in a row at "  # in RUN/failed of a crash loop
-DOING = {
-    "meet": "building and restoring",
-    "data": "waiting for data",
-    "step": "in an update",
-    "evaluate": "in an evaluation",
-    "pictures": "drawing pictures",
-    "save": "saving",
-    "end": "ending",
-}
 ENDED = {
     "COMPLETED": "done",
     "CANCELLED": "cancelled",
@@ -141,7 +129,7 @@ def _status(run: Path, kind: Kind, job: str | None, state: State, why: str, told
         saved=newest,
         saved_age=max(0.0, time.time() - saved[-1].stat().st_mtime) if saved else None,
         starts=len(lines(run / "attempts.jsonl")),
-        slowest=slowest(told) if state in ("running", "stopping", "hung") else "",
+        slowest=beats.slowest(told) if state in ("running", "stopping", "hung") else "",
     )
 
 
@@ -177,11 +165,14 @@ def _slurm(
 
 def _unasked(run: Path, told: list[dict[str, Any]], ends: list[dict[str, object]]) -> tuple[State, str]:
     """SLURM does not answer."""
-    if told and _age(told[0]) < _quiet(told) and told[0]["at"] != "end":
+    if told and beats.age(told[0]) < beats.quiet(told) and told[0]["at"] != "end":
         return _at_work(told)
     if ends and ends[-1].get("again") is None:
         return _over(run, ends, "", submitted=0)
-    return "unknown", f"its last sign of life is {duration(_age(told[0]))} old" if told else "SLURM did not say"
+    return (
+        "unknown",
+        f"its last sign of life is {beats.duration(beats.age(told[0]))} old" if told else "SLURM did not say",
+    )
 
 
 def _over(run: Path, ends: list[dict[str, object]], state: str, *, submitted: float) -> tuple[State, str]:
@@ -229,7 +220,7 @@ def _local(
             return ("crash loop" if LOOP in marked else "failed"), marked
         return _by_code(last.get("code")), str(last.get("reason", ""))
     if process.elsewhere(watcher):
-        if told and _age(told[0]) < _quiet(told):
+        if told and beats.age(told[0]) < beats.quiet(told):
             return _at_work(told)
         return "unknown", f"it was submitted on {watcher.get('host')}; ask there"
     running = process.alive(child)
@@ -247,9 +238,9 @@ def _local(
 def _train(run: Path, told: list[dict[str, Any]]) -> tuple[State, str]:
     """A run of `tandem train`, torchrun, accelerate launch."""
     first = told[0] if told else {}
-    here = bool(first) and not process.elsewhere(first)
-    gone = here and Path("/proc/self").exists() and not _same_process(first)
-    if first and not gone and (_age(first) < _quiet(told) or (here and _same_process(first))):
+    mine = bool(first) and not process.elsewhere(first) and Path("/proc/self").exists()
+    lives = mine and _is(first)
+    if first and (lives or (not mine and beats.age(first) < beats.quiet(told))):
         return _at_work(told)
     rows = lines(run / "attempts.jsonl")
     code = rows[-1].get("code") if rows else None
@@ -281,49 +272,24 @@ def _crash(run: Path, *, since: float) -> str:
     return "ended without a word: killed, or its machine was lost"
 
 
-def _same_process(first: Mapping[str, Any]) -> bool:
-    """Whether the number is still that of a process which began before the run did."""
-    try:
-        fields = Path(f"/proc/{first['pid']}/stat").read_text(encoding="utf-8", errors="replace")
-    except (OSError, KeyError):
-        return False
-    state, ticks = (parts := fields.rpartition(")")[2].split())[0], int(parts[19])
-    booted = time.time() - float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
-    return state not in "ZX" and booted + ticks / os.sysconf("SC_CLK_TCK") <= _number(first, "started") + 5
+def _is(first: Mapping[str, Any]) -> bool:
+    """Whether the rank's number is still that of the rank."""
+    return process.began_before(int(first.get("pid", 0)), _number(first, "started") + 5)
 
 
-# ---------------------------------------------------------------- heartbeats
 def _at_work(told: list[dict[str, Any]]) -> tuple[State, str]:
     """Of a run that has processes; told: its heartbeats of this start."""
     if not told:
         return "starting", ""
     first = told[0]
-    if _age(first) > _quiet(told):
-        return "hung", f"no sign of life for {duration(_age(first))}"
+    if beats.age(first) > beats.quiet(told):
+        return "hung", f"no sign of life for {beats.duration(beats.age(first))}"
     if first["at"] == "meet":
-        return "starting", DOING["meet"]
+        return "starting", beats.DOING["meet"]
     if first["at"] == "end":
         return "stopping", ""
     since = time.time() - float(first["since"])
-    return "running", f"{DOING.get(first['at'], first['at'])} for {duration(since)}" if since > LONG else ""
-
-
-def slowest(told: list[dict[str, Any]]) -> str:
-    """The rank that is behind, or silent."""
-    if len(told) < 2:
-        return ""
-    silent = [one for one in told if _age(one) > _quiet(told)]
-    if silent:
-        one = max(silent, key=_age)
-        return f"rank {one['rank']} on {one.get('host')}: no sign of life for {duration(_age(one))}"
-    passed = [list(one.get("passed", [0, 0])) for one in told]
-    least = min(passed)
-    at = [one for one, count in zip(told, passed, strict=True) if count[0] == least[0]]
-    if max(count[0] for count in passed) - least[0] < 2 or len(at) == len(told):
-        return ""  # files of one moment may be an update apart
-    one = max(at, key=lambda one: float(one["time"]) - float(one["since"]))
-    seconds = time.time() - float(one["since"])
-    return f"rank {one['rank']} on {one.get('host')}: {DOING.get(one['at'], one['at'])} for {duration(seconds)}"
+    return "running", f"{beats.DOING.get(first['at'], first['at'])} for {beats.duration(since)}" if since > LONG else ""
 
 
 def _later(told: list[dict[str, Any]], about: Mapping[str, Any], ends: list[dict[str, object]]) -> bool:
@@ -332,25 +298,6 @@ def _later(told: list[dict[str, Any]], about: Mapping[str, Any], ends: list[dict
     return bool(ends) and _number(told[0], "started") > max(over, _number(about, "time"))
 
 
-def _age(one: Mapping[str, Any]) -> float:
-    return max(0.0, time.time() - float(one["time"]))
-
-
-def _quiet(told: list[dict[str, Any]]) -> float:
-    """Seconds without a sign of life that are too many in a world of this size."""
-    return QUIET + 3 * len(told) / RANKS_A_SECOND
-
-
 def _number(of: Mapping[str, Any], key: str) -> float:
     found = of.get(key)
     return float(found) if isinstance(found, (int, float)) else 0.0
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `3 min`, `2 h 5 min`, `3 d 4 h`: two places, for people."""
-    whole = round(seconds)
-    for unit, size, lower, below in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60)):
-        if whole >= size:
-            rest = whole % size // below
-            return f"{whole // size} {unit}" + (f" {rest} {lower}" if rest else "")
-    return f"{whole // 60} min" if whole >= 120 else f"{whole} s"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import folders, results, state
-from launch.state import Status, duration
+from launch.beats import duration
+from launch.state import Status
 from trainer.errors import shown, to_stderr
 
 HELP = """\

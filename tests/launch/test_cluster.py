@@ -75,6 +75,21 @@ def test_a_mistake_is_named_by_file_and_key(keys: dict[str, object], said: str, 
     assert "\n" not in str(raised.value)
 
 
+def test_local_is_a_word_and_a_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = cluster.load(Path("local"), ["processes=2"])
+    assert found == cluster.LocalConfig(processes=2)
+    (tmp_path / "here.yaml").write_text(cluster.to_text(found))
+    assert cluster.load(tmp_path / "here.yaml") == found
+    for word, said in (
+        ("nodes=2", "command line: unknown key nodes"),
+        ("processes=0", "processes: 0 must be at least 1"),
+        ("kind=here", "local: kind: 'here' is none of slurm, local"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            cluster.load(Path("local"), [word])
+
+
 def test_the_time_limit_must_be_said(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("nodes: 2\n")
     with pytest.raises(ValueError, match="key time is missing"):
