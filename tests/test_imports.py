@@ -65,7 +65,7 @@ NOWHERE = {
     "shelve": "executes what it reads",
 }
 HARMLESS = {"pickle.UnpicklingError"}  # what torch.load raises for a file that it refuses
-READS_ENVIRONMENT = ("trainer.parallel", "launch", "tools.setup", "tools.slurm")
+READS_ENVIRONMENT = ("trainer.parallel", "launch", "tools.setup", "tools.slurm", "tools.soak.slurm")
 
 
 class Source(NamedTuple):
