@@ -53,6 +53,17 @@ def test_the_log_says_once_what_runs_and_why_on_one_rank(few: Path, tmp_path: Pa
     assert {"noise", "reparameterize_kl"} <= set(line.partition(":")[0].split(", "))
 
 
+@pytest.mark.slow
+def test_a_run_that_prefers_what_is_compiled_ends_well(few: Path, tmp_path: Path) -> None:
+    """Losses are; norms, of more shapes than graphs are kept, and a penalised discriminator are not."""
+    given = ("impl=compiled", "batch=16", "images=64", "log.every=16", "method.critic.penalty_interval=0")
+    config = write_config(tmp_path / "run.yaml", "vaegan", data=few)
+    ended = starts.train(tmp_path / "logs", str(config), *given).wait().ok()
+    assert "compiled (asked for)" in ended.out
+    checked = starts.tandem(tmp_path / "logs", "check", str(config), *given, f"run={tmp_path / 'check'}")
+    assert (checked.code, checked.err) == (0, "")
+
+
 @pytest.mark.parametrize("method", ["vae", "vae_free_bits", "vaegan_last_layer", "vaegan_larsen"])
 def test_a_method_trains_alike_where_a_kernel_draws_the_posteriors_noise(ranks: Ranks, method: str) -> None:
     def trained(impl: Impl) -> Small:

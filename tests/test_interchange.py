@@ -1,6 +1,7 @@
 """The KL autoencoder and diffusers' AutoencoderKL: one's weights in the other give the same latents and images."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,8 @@ def test_the_attention_of_older_files_is_read(tmp_path: Path) -> None:
         ("use_quant_conv", False, "use_quant_conv is False, not True"),
         ("block_out_channels", [32, 64], "block_out_channels is [32, 64], not [32, 64, 128, 128]"),
         ("act_fn", "relu", "act_fn is relu, not silu"),
+        ("shift_factor", 0.1, "shift_factor: 0.1 is not known here"),
+        ("scaling_factor", "a", "scaling_factor: 'a' is no number"),
     ],
 )
 def test_another_network_is_refused_by_the_key_that_differs(key: str, value: Any, said: str, tmp_path: Path) -> None:
@@ -161,6 +164,12 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json is there already"):
         interchange.write(tmp_path, {}, config=config("f8"), image=IMAGE)
     weights = tmp_path / interchange.WEIGHTS
+    whole = safetensors.torch.load_file(weights)
+    name = next(iter(whole))
+    for wrong in (whole[name] * torch.nan, whole[name].to(torch.int8)):
+        safetensors.torch.save_file(whole | {name: wrong}, weights)
+        with pytest.raises(ValueError, match=f"{re.escape(name)} .* holds what is no finite weight"):
+            interchange.read(tmp_path, config=config("f8"), image=IMAGE)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=interchange.WEIGHTS):
         interchange.read(tmp_path, config=config("f8"), image=IMAGE)

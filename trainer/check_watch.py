@@ -190,9 +190,11 @@ def watch(
 
 
 def one_process(config: Config) -> Config:
-    """As one process without DeepSpeed takes it; float16 needs DeepSpeed's loss scale, so bfloat16 stands in for it."""
+    """As one process without DeepSpeed takes it, nothing compiled, which would not be seen; float16 needs DeepSpeed's
+    loss scale, so bfloat16 stands in for it."""
     precision = "bf16" if config.precision == "fp16" else config.precision
-    return dataclasses.replace(config, parallel=DDPConfig(), precision=precision, compile=False)
+    impl = "eager" if config.impl == "compiled" else config.impl
+    return dataclasses.replace(config, parallel=DDPConfig(), precision=precision, compile=False, impl=impl)
 
 
 def _network(name: str, engine: Engine, run: WatchedRun, config: Config, method: Method, micro_batches: int) -> Network:

@@ -120,6 +120,13 @@ def read(folder: Path, *, config: KLAutoencoderConfig, image: ImageShape) -> tup
         raise ValueError(
             f"{folder / CONFIG}: not the network that method.autoencoder and data describe: {'; '.join(differ)}"
         )
+    if found.get("shift_factor"):
+        raise ValueError(
+            f"{folder / CONFIG}: shift_factor: {found['shift_factor']} is not known here; only scaling_factor is"
+        )
+    factor = found.get("scaling_factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        raise ValueError(f"{folder / CONFIG}: scaling_factor: {factor!r} is no number")
     path = folder / WEIGHTS
     try:
         weights = safetensors.torch.load_file(path, device="cpu")
@@ -127,6 +134,9 @@ def read(folder: Path, *, config: KLAutoencoderConfig, image: ImageShape) -> tup
         raise ValueError(f"{path}: no such file; weights are read from safetensors alone") from None
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: {error}") from None
+    wrong = next((n for n, t in weights.items() if not t.is_floating_point() or not bool(t.isfinite().all())), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong} ({weights[wrong].dtype}) holds what is no finite weight")
     renamed = {to_ours(name): tensor.float() for name, tensor in weights.items()}
     # attention was four 1x1 convolutions before it was four linear layers
     flat = {name: t.flatten(1) if t.dim() == 4 and ".attentions." in name else t for name, t in renamed.items()}

@@ -250,6 +250,7 @@ def test_finite_differences_are_those_of_each_images_own_noise(ranks: Ranks) -> 
     ("critic", "match"),
     [
         ({"loss": "hinge", "r1": 1.0, "penalty": "finite_difference", "sigma": 0.0}, "sigma: 0.0 is no step"),
+        ({"loss": "hinge", "r1": 1.0, "penalty": "finite_difference", "sigma": 1e-300}, "sigma: 1e-300 is no step"),
         (
             {"loss": "hinge", "gradient_penalty": 1.0, "penalty": "finite_difference"},
             "gradient_penalty is always exact",

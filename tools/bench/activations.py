@@ -313,7 +313,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="(default, of kl_f8_256: batch=8)")
     parser.add_argument("--impls", type=turns.names(IMPLS), default=list(IMPLS), metavar="A,B", help=",".join(IMPLS))
     parser.add_argument("--lpips", action="store_true", help="with LPIPS on VGG16, of random weights")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON too")
+    parser.add_argument("--out", type=turns.new_file, metavar="FILE", help="write the figures as JSON too")
     given = parser.parse_args(argv)
     if given.config not in models.SHIPPED:
         parser.error(f"config: {given.config!r} is none of {', '.join(models.SHIPPED)}")

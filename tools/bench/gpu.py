@@ -54,10 +54,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--stages", type=turns.names(tuple(SHARES)), metavar="A,B",
         help=f"of {','.join(SHARES)} (default: all; on a CPU {','.join(DEFAULT['cpu'])})",
     )  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=7.5, help="of all stages together (default: 7.5)")
+    parser.add_argument("--minutes", type=turns.positive, default=7.5, help="of all stages together (default: 7.5)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: whether it works")
     parser.add_argument("--commit", metavar="HASH", help="of this code, where git does not say")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: {RESULTS.relative_to(ROOT)}/DEVICE.json)")
+    parser.add_argument(
+        "--out", type=turns.new_file, metavar="FILE", help=f"(default: {RESULTS.relative_to(ROOT)}/DEVICE.json)"
+    )
     parser.add_argument("--stage", choices=tuple(SHARES), help=argparse.SUPPRESS)  # of the process of one
     given = parser.parse_args(argv)
     if given.minutes <= 0:

@@ -16,7 +16,6 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,10 +48,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
     parser.add_argument("--ops", type=turns.names(OPS), default=list(OPS), metavar="A,B", help=f"of {','.join(OPS)}")
-    parser.add_argument("--rounds", type=int, help="times that each is measured (default: 15, on a GPU 25)")
+    parser.add_argument("--rounds", type=turns.count, help="times that each is measured (default: 15, on a GPU 25)")
     parser.add_argument("--quick", action="store_true", help="small sizes, 3 rounds, nothing compiled: seconds")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON, with machine and versions")
+    parser.add_argument("--csv", type=turns.new_file, metavar="FILE", help="write the table as CSV too")
+    parser.add_argument(
+        "--json", type=turns.new_file, metavar="FILE", help="write it as JSON, with machine and versions"
+    )
     given = parser.parse_args(argv)
     given.device = turns.device_of(given.device)
     return given

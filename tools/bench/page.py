@@ -59,6 +59,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """Every file of figures, GPUs first. ValueError, naming the file, for one that is none."""
+    if not folder.is_dir():
+        raise ValueError(f"--results: {folder} is no folder")
     found = []
     for path in sorted(folder.glob("*.json")):
         try:

@@ -19,7 +19,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,6 +29,7 @@ from torch.nn import functional
 from tools.bench import clock, models, own, turns
 from trainer import optimizer
 from trainer.data import Batch
+from trainer.errors import boundary
 from trainer.kernels import convolution
 from trainer.kernels.choose import differentiated_twice
 from trainer.losses import penalties
@@ -82,15 +82,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--cost", action="store_true", help="only this table")
     parser.add_argument("--bias", action="store_true", help="only this table")
-    parser.add_argument("--rounds", type=int, default=40, help="steps of each variant (default: 40)")
-    parser.add_argument("--updates", type=int, default=200, help="before the bias is measured (default: 200)")
-    parser.add_argument("--draws", type=int, default=64, help="of the finite difference, an image (default: 64)")
+    parser.add_argument("--rounds", type=turns.count, default=40, help="steps of each variant (default: 40)")
+    parser.add_argument("--updates", type=turns.count, default=200, help="before the bias is measured (default: 200)")
     parser.add_argument(
-        "--sigmas", type=lambda text: [float(one) for one in text.split(",")], default=[1e-3, 1e-2, 0.03, 0.1, 0.3],
-        metavar="S,S", help="steps of the finite difference (default: 0.001,0.01,0.03,0.1,0.3)",
+        "--draws", type=turns.count, default=64, help="of the finite difference, an image (default: 64)"
+    )
+    parser.add_argument(
+        "--sigmas", type=lambda text: [turns.positive(one) for one in text.split(",")],
+        default=[1e-3, 1e-2, 0.03, 0.1, 0.3], metavar="S,S",
+        help="steps of the finite difference (default: 0.001,0.01,0.03,0.1,0.3)",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON too")
+    parser.add_argument("--out", type=turns.new_file, metavar="FILE", help="write the figures as JSON too")
     given = parser.parse_args(argv)
     if not (given.cost or given.bias):
         given.cost = given.bias = True
@@ -239,7 +242,7 @@ def bias(name: str, ranks: Ranks, *, sigmas: list[float], updates: int, draws: i
     return rows
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     given = parse(argv)
     torch.set_num_threads(1)
     ranks = own.alone(torch.device(given.device))
@@ -263,7 +266,8 @@ def main(argv: list[str]) -> None:
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
     ranks.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(boundary(main, sys.argv[1:]))

@@ -64,10 +64,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of methods (default: fp32)")
     parser.add_argument("--parts", action="store_true", help="each part alone, and without each")
     parser.add_argument("--whole", action="store_true", help="also the networks through torch.compile, and impl auto")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of the first variant in a round (default: 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="each gives one ratio a variant (default: 5)")
+    parser.add_argument(
+        "--seconds", type=turns.positive, default=2.0, help="of the first variant in a round (default: 2)"
+    )
+    parser.add_argument("--rounds", type=turns.count, default=5, help="each gives one ratio a variant (default: 5)")
     parser.add_argument("--quick", action="store_true", help="two short rounds, nothing compiled: seconds")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON too")
+    parser.add_argument("--out", type=turns.new_file, metavar="FILE", help="write the figures as JSON too")
     given = parser.parse_args(argv)
     if given.configs and given.methods:
         parser.error("--methods: takes the place of --configs; give one")
@@ -167,8 +169,8 @@ def variants(config: Config, ranks: Ranks, given: argparse.Namespace) -> dict[st
     if given.parts:
         alone: Impl = "triton" if kernels else "compiled"
         names = operations(eager)
-        if alone == "compiled":  # noise never is
-            names = [] if given.quick else [name for name in names if name != "noise"]
+        if alone == "compiled":  # these never are
+            names = [] if given.quick else [name for name in names if name not in ("noise", "group_norm_silu")]
         for name in names:
             found[f"{name} alone, {alone}"] = Taken(config, ranks, alone, name)
         for name, kind in OFF.items():

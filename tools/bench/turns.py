@@ -96,6 +96,31 @@ def names(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def count(text: str) -> int:
+    """For argparse: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """For argparse: a number above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return found
+
+
+def new_file(text: str) -> Path:
+    """For argparse: a file whose folder is there, before anything is measured."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{Path(text).parent} is no folder")
+    return Path(text)
+
+
 def device_of(asked: str | None) -> str:
     """cpu or cuda; ValueError for a GPU that is not there."""
     if asked == "cuda" and not torch.cuda.is_available():

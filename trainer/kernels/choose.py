@@ -132,11 +132,23 @@ def _say(operation: str, picked: Picked, reason: str) -> Picked:
 def compiled(function: F) -> F:
     """`function` through torch.compile, made at its first call: a graph a shape, and an error beyond torch's limit of
     them (8), for a loss that is compiled again and again is no fast loss."""
+    from torch._dynamo import config as dynamo  # a second of imports, for those alone who compile
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    # balanced losses retain graphs, which backwards that write over what was kept refuse; these are compiled when they
+    # are first run, so it holds for the whole process
+    functorch.donated_buffer = False
     found = torch.compile(function, dynamic=False, fullgraph=True)
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with functorch.patch(donated_buffer=False):  # else no backward may retain the graph, as balanced losses do
+        try:
             return found(*args, **kwargs)
+        except FailOnRecompileLimitHit:
+            name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+            raise ValueError(
+                f"impl: compiled cannot run {name}: it has met more shapes than torch.compile keeps graphs for "
+                f"({dynamo.recompile_limit}); take auto or eager"
+            ) from None
 
     return cast("F", run)

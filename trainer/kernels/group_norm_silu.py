@@ -32,7 +32,11 @@ def group_norm_silu(
     formula keeps two tensors of x's size in that wide dtype, of which x itself is one where it has it; the kernel none
     but x."""
     assert weight.shape == bias.shape == (x.shape[1],), f"{tuple(weight.shape)} weights of {x.shape[1]} channels"
-    picked = choose("group_norm_silu", x, impl=impl, unfit=lambda: _unfit(x, groups))
+    # compiled where that is asked for here, but not for a whole run that prefers it
+    many = (
+        None if impl == "compiled" else "a network has more shapes than graphs are kept; compile: true takes it whole"
+    )
+    picked = choose("group_norm_silu", x, impl=impl, unfit=lambda: _unfit(x, groups), uncompilable=many)
     if picked == "triton":
         y, _, _ = _forward(x, groups, weight, bias, eps)
         return y  # type: ignore[no-any-return]

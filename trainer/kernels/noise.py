@@ -29,6 +29,7 @@ _ROUNDS = 10
 _TO_UNIT = 2.0**-32  # of a word
 _TO_ANGLE = 6.283185307179586 * 2.0**-32
 _BLOCK = 1024  # values of a program
+_MOST = 65535 * _BLOCK  # of a row: tiles are the grid's second dimension
 
 
 @lru_cache(maxsize=256)
@@ -95,7 +96,7 @@ def _draw(
     seed: int, stream: str, positions: Tensor, shape: tuple[int, ...], *, normal: bool, impl: Impl | None
 ) -> Tensor:
     assert positions.dtype == torch.int64 and positions.dim() == 1, f"positions are no int64 (B,): {positions.dtype}"
-    if not _plain_cpu(positions) or _picked(positions, impl) == "triton":
+    if not _plain_cpu(positions) or _picked(positions, impl, numel(shape)) == "triton":
         return _draw_at(address(seed, stream, positions), shape, normal=normal, impl=impl)
     # what all rows have in common is not spread over them first
     seeds, streams = np.array([seed], dtype=np.int64), np.array([stream_number(stream)], dtype=np.uint32)
@@ -105,7 +106,7 @@ def _draw(
 def _draw_at(address: Tensor, shape: tuple[int, ...], *, normal: bool, impl: Impl | None) -> Tensor:
     assert address.dtype == torch.int64 and address.dim() == 2 and address.shape[1] == 3
     rows, count = len(address), numel(shape)
-    if _picked(address, impl) == "triton":
+    if _picked(address, impl, count) == "triton":
         return _filled(address, count, normal=normal).view(rows, *shape)
     if _plain_cpu(address):
         return _drawn_by_numpy(*_columns(address), shape, normal=normal)
@@ -284,5 +285,9 @@ def _(address: Tensor, count: int, normal: bool) -> Tensor:
     return address.new_empty((len(address), count), dtype=torch.float32)
 
 
-def _picked(address: Tensor, impl: Impl | None) -> str:
-    return choose("noise", address, impl=impl, unfit=lambda: None, uncompilable="integers gain nothing there")
+def _picked(address: Tensor, impl: Impl | None, count: int) -> str:
+    return choose("noise", address, impl=impl, unfit=lambda: _unfit(count), uncompilable="integers gain nothing there")
+
+
+def _unfit(count: int) -> str | None:
+    return f"more than {_MOST} values a row" if count > _MOST else None

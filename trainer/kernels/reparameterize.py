@@ -66,6 +66,8 @@ def _latent(moments: Tensor) -> tuple[int, ...]:
 def _unfit(moments: Tensor) -> str | None:
     if moments[:1].numel() >= 2**31:
         return "a sample has 2^31 moments or more"
+    if _launch(_laid(moments[:1]), _TILE)[0][1] > 65535:
+        return "a sample has more tiles than a grid has"
     return None
 
 

@@ -46,8 +46,11 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         bounds.at_least(0, self, "r1", "r2", "gradient_penalty", "penalty_interval")
-        if self.sigma <= 0:
-            raise ValueError(f"sigma: {self.sigma} is no step; 0.01 is Lin et al.'s for images")
+        if not 1e-4 <= self.sigma <= 1:
+            raise ValueError(
+                f"sigma: {self.sigma} is no step of an image in [-1, 1], whose change float32 could tell: 1e-4 to 1; "
+                "0.01 is Lin et al.'s"
+            )
         if self.gradient_penalty and self.penalty == "finite_difference":
             raise ValueError("penalty: finite_difference is of r1 and r2; gradient_penalty is always exact")
         if self.loss == "wasserstein" and not (self.r1 or self.r2 or self.gradient_penalty):
