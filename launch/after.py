@@ -107,8 +107,11 @@ def _code(what: str) -> int:
     )
 
 
-def judge(run: Path, end: End, *, marker: str | None, told: str, left: float | None, policy: Policy) -> Verdict:
-    """marker: what RUN/requeue said. told: see `told_by`. left: seconds to the time limit, where SLURM said so."""
+def judge(
+    run: Path, end: End, *, marker: str | None, told: str, left: float | None, policy: Policy, lost: bool = False
+) -> Verdict:
+    """marker: what RUN/requeue said. told: see `told_by`. left: seconds to the time limit, where SLURM said so.
+    lost: whether the job has lost a node, see `lost_node`."""
     if end.code == DONE:
         return Verdict(DONE, "done")
     if (run / "failed").exists():
@@ -128,7 +131,9 @@ def judge(run: Path, end: End, *, marker: str | None, told: str, left: float | N
     what = f"{end.where}: " * bool(end.where) + WORDS.get(end.code, f"exit code {end.code}")
     if told:
         return Verdict(end.code, f"{what}; SLURM ended the job ({told}) and decides itself whether it starts again")
-    if end.code in LASTING:
+    if end.code == TERMINATED and lost:
+        what += ", by a TERM that SLURM had for the start that lost its node"
+    elif end.code in LASTING:
         return Verdict(end.code, f"{what}; not a failure that passes by itself")
     used = count(run, "failure")
     if used >= policy.requeues:
@@ -139,6 +144,15 @@ def judge(run: Path, end: End, *, marker: str | None, told: str, left: float | N
 def count(run: Path, kind: Kind) -> int:
     """Starts so far of this submission for this reason."""
     return sum(line.get("again") == kind for line in lines(run / "submit" / "ends.jsonl"))
+
+
+def lost_node(run: Path, job: str, restart: int) -> bool:
+    """Whether an earlier start of the job lost a node. The signals by which srun ended its ranks then are kept for that
+    node, and come to it when it is back, be there another start by then (SLURM 22.05: about a minute after)."""
+    ends = [line for line in lines(run / "submit" / "ends.jsonl") if line.get("job") == job]
+    return len(ends) < restart or any(
+        word in str(line.get("reason")) for line in ends for word in ("was lost", "node failure")
+    )
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -208,7 +222,8 @@ def main(argv: list[str]) -> int:
     told = told_by(said, options.told)
     policy = Policy(options.requeues, options.time_limits, options.lead)
     left = time_left(job) if told in ("", "TERM") and (marker is not None or end.code in WARNED) else None
-    verdict = judge(run, end, marker=marker, told=told, left=left, policy=policy)
+    lost = lost_node(run, job, restart)
+    verdict = judge(run, end, marker=marker, told=told, left=left, policy=policy, lost=lost)
 
     rank = re.match(r"rank (\d+)", end.where)
     log = run / "logs" / f"{own}_{rank[1] if rank else 0}.log"

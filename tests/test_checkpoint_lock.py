@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -152,3 +154,15 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"), RunLock(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_start_after_another_waits_for_a_lock_that_is_about_to_go(tmp_path: Path) -> None:
+    with start(HOLD, str(tmp_path)) as holder:
+        assert line(holder) == "inside"
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="in use by process"), RunLock(tmp_path, patience=0.3):
+            pass
+        assert 0.3 <= time.monotonic() - began < 5
+        threading.Timer(0.5, holder.kill).start()
+        with RunLock(tmp_path, patience=60):
+            assert holder.wait() == -signal.SIGKILL

@@ -28,6 +28,7 @@ from tests import starts
 from tests.launch import made as runs_made
 from tests.starts import ROOT, SHORT
 from tools.shards.make import parse as make_options
+from tools.soak.slurm import parse as soak_of_slurm
 from trainer import config as configuration
 
 PAGES = sorted(
@@ -272,6 +273,7 @@ RULES: dict[str, Callable[[list[str], Path], None]] = {
     r"python -m tests\.parallel\.table": rendered,
     r"python -m tools\.quality .*": measured,
     r"python -m tools\.soak\.data .*": soaked,
+    r"python -m tools\.soak\.slurm .*": lambda words, work: soak_of_slurm(words[3:]) and None,
     r"make .*": made,
     r"tensorboard --logdir runs": board_shown,
     r"pip install \.": installed,

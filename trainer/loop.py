@@ -19,7 +19,7 @@ from trainer.parallel.agreement import same_weights
 from trainer.parallel.launcher import asked_processes
 from trainer.parallel.ranks import Ranks
 from trainer.phase import Run
-from trainer.runlock import RunLock
+from trainer.runlock import LEASE, RunLock
 from trainer.saving import Saver
 from trainer.signals import Signals
 from trainer.speed import Speed
@@ -43,7 +43,8 @@ def train(config: Config) -> int:
     ranks = build.meet(config)
     with contextlib.ExitStack() as stack:
         stack.callback(ranks.close)
-        ranks.together(lambda: stack.enter_context(RunLock(config.run)) and None)  # two runs never share a folder
+        patience = LEASE if place.restart() else 0.0  # the start before may have been on a node that is lost
+        ranks.together(lambda: stack.enter_context(RunLock(config.run, patience=patience)) and None)
         noted = stack.enter_context(signals.taken())
         attempt = stack.enter_context(Attempt(config, ranks))
         heart = stack.enter_context(Heartbeat(config, ranks))

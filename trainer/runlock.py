@@ -5,9 +5,12 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
 
+LEASE = 120.0
+"""Seconds after which a file server has given up the locks of a machine that is gone: 90 with NFS 4 as shipped."""
 NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -21,8 +24,9 @@ class RunLock:
     removed by hand. Rank 0 only. A child made by fork inherits the lock and holds it as long as it lives.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, patience: float = 0.0) -> None:
+        """patience: seconds to wait for another process, which may be gone with its machine."""
+        self.folder, self.patience = folder, patience
         self._descriptor: int | None = None
         self._holder: Path | None = None
 
@@ -31,7 +35,7 @@ class RunLock:
         path = self.folder / ".lock"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take(descriptor)
         except OSError as error:
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -55,6 +59,17 @@ class RunLock:
         if self._holder is not None:
             self._holder.unlink(missing_ok=True)
             self._holder = None
+
+    def _take(self, descriptor: int) -> None:
+        until = time.monotonic() + self.patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or time.monotonic() >= until:
+                    raise
+            time.sleep(min(1.0, self.patience / 10))
 
     def _exclusive_file(self) -> Path:
         path = self.folder / ".lock.holder"

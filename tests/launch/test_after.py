@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.after import End, Policy, first_failure, judge, lines, told_by
+from launch.after import End, Policy, first_failure, judge, lines, lost_node, told_by
 from tests.starts import ROOT
 
 POLICY = Policy(requeues=2, time_limits=None, lead=120)
@@ -102,6 +102,17 @@ def test_a_start_is_judged(
 ) -> None:
     found = judge(run, End(code), marker=marker, told=told, left=left, policy=POLICY)
     assert (found.code, found.again) == verdict, found
+
+
+def test_a_term_that_slurm_kept_for_a_lost_node_is_a_failure_of_the_start_that_it_hits(run: Path) -> None:
+    assert not lost_node(run, "7", 0) and lost_node(run, "7", 1)  # the batch script was on the node
+    reason = "rank 0 on node1: exit code 1; SLURM ended the job (node2 was lost) and decides itself"
+    (run / "submit" / "ends.jsonl").write_text(json.dumps({"job": "7", "again": None, "reason": reason}) + "\n")
+    assert lost_node(run, "7", 1) and not lost_node(run, "8", 0)
+    again = judge(run, End(143, "rank 2 on node2"), marker=None, told="", left=None, policy=POLICY, lost=True)
+    assert again.again == "failure" and "rank 2 on node2: exit code 143, by a TERM that SLURM had for" in again.reason
+    for told in ("cancelled", "TERM"):
+        assert judge(run, End(143), marker=None, told=told, left=None, policy=POLICY, lost=True).again is None
 
 
 def test_failures_and_time_limits_are_counted_apart_and_preemptions_not(run: Path) -> None:

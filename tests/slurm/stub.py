@@ -35,6 +35,8 @@ def main(run: Path) -> int:
             if (rank, images - begin) == (fail.get("rank"), fail.get("after")):
                 if fail["how"] == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if fail["how"] == "72":
+                    (run / "failed").write_text("3 starts in a row at 0 images\n")
                 to_stderr("tandem: error: as planned")
                 return int(fail["how"])
             if asked.request and rank == 0:

@@ -58,6 +58,14 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         "mistaken": stub(
             root, folder / "mistaken", LONG | {"fail": {"rank": 1, "after": 10, "how": "2"}}, **on["node4"]
         ),
+        "hung": stub(
+            root,
+            folder / "hung",
+            SHORT | {"fail": {"rank": 1, "after": 10, "how": "70"}},
+            requeues=1,
+            **on["node4"],
+        ),
+        "looped": stub(root, folder / "looped", SHORT | {"fail": {"rank": 0, "after": 10, "how": "72"}}, **on["node4"]),
         "fixed": stub(root, folder / "fixed", LONG, sbatch={"nodelist": "node4"}),
         "uneven": stub(root, folder / "uneven", SHORT, srun=["--ntasks=1"], **on["node4"]),
         "blind": stub(
@@ -138,6 +146,19 @@ def test_a_mistake_of_the_user_is_not_tried_again(jobs: Jobs) -> None:
     assert done.ends() == [(2, None)]
     assert f"see {done.run}/logs/{done.number}_1.log" in done.log()
     assert done.log(1).splitlines()[-1] == "tandem: error: as planned"
+
+
+def test_a_hang_is_tried_again_as_often_as_configured(jobs: Jobs) -> None:
+    done = jobs["hung"].wait()
+    assert done.state() == "FAILED" and done.show()["ExitCode"] == "70:0"
+    assert done.ends() == [(70, "failure"), (70, None)], done.said()
+    assert "rank 1 on node4: a rank hung; 0 more after this one; starts again" in done.log()
+
+
+def test_a_crash_loop_ends_the_job_with_its_reason(jobs: Jobs) -> None:
+    done = jobs["looped"].wait()
+    assert done.ends() == [(72, None)], done.said()
+    assert f"3 starts in a row at 0 images; {done.run}/failed says more" in done.log()
 
 
 def test_a_requeue_that_slurm_refuses_is_told_with_its_reason(jobs: Jobs) -> None:

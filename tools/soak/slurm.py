@@ -159,7 +159,9 @@ class Soak:
         return lambda: self._limit(MINUTES)
 
     def kill(self, chance: random.Random) -> Callable[[], None]:
-        os.kill(self.process(chance.randrange(self.world)), signal.SIGKILL)
+        while (process := self._process(chance.randrange(self.world))) is None:
+            time.sleep(0.1)
+        os.kill(process, signal.SIGKILL)
         return _nothing
 
     def lose_node(self, chance: random.Random) -> Callable[[], None]:
@@ -175,18 +177,14 @@ class Soak:
     def nodes(self) -> list[str]:
         return scontrol("show", "hostnames", self.job.show()["NodeList"]).split()
 
-    def process(self, rank: int) -> int:
+    def _process(self, rank: int) -> int | None:
         """Of a rank, also before it has become the trainer."""
         marks = {f"SLURM_JOB_ID={self.job.number}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}"}
-        limit = time.monotonic() + PATIENCE
-        while True:
-            for path in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
-                with contextlib.suppress(OSError):
-                    if {mark.encode() for mark in marks} <= set((path / "environ").read_bytes().split(b"\0")):
-                        return int(path.name)
-            if self.job.state() in OVER or time.monotonic() > limit:
-                raise RuntimeError(f"rank {rank} has no process\n{self.job.said()}")
-            time.sleep(0.1)
+        for path in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+            with contextlib.suppress(OSError):
+                if {mark.encode() for mark in marks} <= set((path / "environ").read_bytes().split(b"\0")):
+                    return int(path.name)
+        return None
 
     def reached(self, start: int, *, now: bool = True) -> int:
         """Images that a start has come to, by the heartbeats of its ranks; now: and since the last of those."""
@@ -200,6 +198,21 @@ class Soak:
 
     def restarts(self) -> int:
         return int(self.job.show()["Restarts"])
+
+    def begun(self) -> int | None:
+        """The number of restarts, once rank 0 has a process; None where the job is over."""
+        limit = time.monotonic() + PATIENCE
+        while self.job.state() not in OVER:
+            if self._process(0) is not None:
+                return self.restarts()
+            if time.monotonic() > limit:
+                raise RuntimeError(f"rank 0 has no process\n{self.job.said()}")
+            time.sleep(0.1)
+        return None
+
+    def at_work(self, start: int) -> bool:
+        shown = self.job.show()
+        return shown["JobState"] == "RUNNING" and int(shown["Restarts"]) == start
 
     def stopped(self, start: int) -> int | None:
         """The images at which a start ended, once it has; None where it was the last, and done."""
@@ -249,25 +262,26 @@ def soak(run: Soak, events: int, chance: random.Random) -> list[Told]:
     before = 0  # the newest checkpoint when the last event came
     for number, name in enumerate(drawn(events, chance)):
         early, delay, share = chance.random() < EARLY, chance.uniform(0, START), chance.random()
-        start = run.restarts()
-        run.process(0)  # waits for it
-        early = early and run.saved() > before  # else three starts in a row come to nothing: a crash loop
-        target = run.saved() + share * (run.images - run.saved()) / (events - number + 1)
-        limit = time.monotonic() + (delay if early else 10 * PATIENCE)
-        while time.monotonic() < limit and (early or run.reached(start) < target or run.saved() <= before):
-            told += settle(run, waiting)
-            time.sleep(0.1)
-            if run.job.state() in OVER:
+        while (start := run.begun()) is not None:
+            soon = early and run.saved() > before  # else three starts in a row come to nothing: a crash loop
+            target = run.saved() + share * (run.images - run.saved()) / (events - number + 1)
+            until = time.monotonic() + delay
+            while run.at_work(start) and not (
+                time.monotonic() > until if soon else run.reached(start) >= target and run.saved() > before
+            ):
+                told += settle(run, waiting)
+                time.sleep(0.1)
+            if run.at_work(start):  # and not ended by another thing meanwhile
                 break
-        before, at = run.saved(), time.time()
-        if run.job.state() != "RUNNING":
+        if start is None:
             break
+        before, at = run.saved(), time.time()
         done = EVENTS[name][0](run, chance)
         images = run.stopped(start)
         done()
         if images is None:
             break
-        waiting.append((f"{name}{' at its start' if early else ''}", start, images, at))
+        waiting.append((f"{name}{' at its start' if soon else ''}", start, images, at))
     run.job.wait(seconds=10 * PATIENCE)
     if run.job.state() != "COMPLETED":
         raise RuntimeError(f"the job is {run.job.state()}\n{run.job.said()}")
