@@ -145,7 +145,30 @@ def wrap(network: nn.Module, ranks: "Ranks") -> Any:
     """Under DistributedDataParallel, where there are several ranks."""
     accelerator: Accelerator = ranks.accelerator
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return accelerator.prepare_model(network)
-    if ranks.world == 1:
+        wrapped = accelerator.prepare_model(network)
+    elif ranks.world == 1:
         return network
-    return DistributedDataParallel(network, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+    else:
+        cuda = ranks.device.type == "cuda"
+        wrapped = DistributedDataParallel(network, device_ids=[ranks.device] if cuda else None)
+    if isinstance(wrapped, DistributedDataParallel):
+        _settle_buckets(wrapped)
+    return wrapped
+
+
+def _settle_buckets(wrapped: DistributedDataParallel) -> None:
+    """Lets DDP build its buckets before the first update, in an order that depends on the parameters alone.
+
+    It would build them after the first backward, in the order in which gradients became ready there. Where an element
+    lies in its bucket decides in which order the ranks' parts of it are added, and of more than two the sum depends on
+    that: the first update after a restart, and what came after it, would differ in a bit from the run that had none.
+    """
+    parameters = [parameter for parameter in wrapped.module.parameters() if parameter.requires_grad]
+    nothing = torch.zeros((), device=parameters[0].device)
+    for parameter in parameters:  # the last is ready first, as in most networks
+        nothing = nothing + 0.0 * parameter.flatten()[0]
+    wrapped.reducer.prepare_for_forward()
+    wrapped.reducer.prepare_for_backward([])
+    nothing.backward()  # type: ignore[no-untyped-call]
+    wrapped.reducer._rebuild_buckets()
+    wrapped.zero_grad()
