@@ -159,8 +159,8 @@ def lines(path: Path) -> list[dict[str, object]]:
     """Of a .jsonl; one that was cut short is left out."""
     found = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict)]
 
