@@ -43,11 +43,15 @@ LASTING = (BUG, USER_MISTAKE, OUT_OF_MEMORY, FAILED, INTERRUPTED, TERMINATED)
 """Codes that another start would end with too, or that somebody wanted."""
 WORDS = {
     UNMET: "the port where the ranks meet is taken",
-    HUNG: "a rank hung",
+    HUNG: "a rank hung; its name is in the log and its stack in stacks/",
     KILLED: "a rank was killed",
     OUT_OF_MEMORY: "out of memory",
     ASKS_AGAIN: "saved, but left no mark",
 }
+
+AWAY = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes")
+"""What SLURM's programs say of a controller that is being started again, or handed over."""
+PATIENCE, PAUSE = 900.0, 10.0  # seconds
 
 Kind = Literal["asked", "time limit", "failure"]
 
@@ -128,7 +132,8 @@ def judge(
         return Verdict(ASKS_AGAIN, f"{reason}, at the time limit{more}", "time limit")
     if told == "cancelled":
         return Verdict(end.code, "cancelled")
-    what = f"{end.where}: " * bool(end.where) + WORDS.get(end.code, f"exit code {end.code}")
+    where = "" if end.code == HUNG else end.where  # all ranks end with that code; which one hung stands in the log
+    what = f"{where}: " * bool(where) + WORDS.get(end.code, f"exit code {end.code}")
     if told:
         return Verdict(end.code, f"{what}; SLURM ended the job ({told}) and decides itself whether it starts again")
     if end.code == TERMINATED and lost:
@@ -159,21 +164,32 @@ def lines(path: Path) -> list[dict[str, object]]:
     """Of a .jsonl; one that was cut short is left out."""
     found = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict)]
 
 
-def requeue(job: str) -> str | None:
-    """None once the job waits again, or SLURM's reason why it does not."""
-    ran = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=120, check=False)
-    said = " ".join((ran.stderr or ran.stdout).split())
-    if ran.returncode == 0:
-        return None
-    if "disabled" in said:
-        said += ": the job, or this cluster, does not allow requeues (--no-requeue)"
-    return said or f"scontrol ended with {ran.returncode}"
+def requeue(job: str, *, patience: float = PATIENCE, pause: float = PAUSE) -> str | None:
+    """None once the job waits again, or SLURM's reason why it does not. A controller that is away for a while, as jobs
+    do not notice otherwise, is asked again for `patience` seconds."""
+    since = time.monotonic()
+    while True:
+        try:
+            ran = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=120, check=False)
+            said = " ".join((ran.stderr or ran.stdout).split()) or f"scontrol ended with {ran.returncode}"
+        except subprocess.TimeoutExpired:
+            said = f"{AWAY[0]}: no answer within 120 s"
+        except OSError as error:
+            return f"scontrol: {error.strerror}"
+        else:
+            if ran.returncode == 0:
+                return None
+        if "disabled" in said:
+            return f"{said}: the job, or this cluster, does not allow requeues (--no-requeue)"
+        if not any(word in said for word in AWAY) or time.monotonic() - since > patience:
+            return said
+        time.sleep(pause)
 
 
 def time_left(job: str) -> float | None:
@@ -181,7 +197,7 @@ def time_left(job: str) -> float | None:
     try:
         command = ["squeue", "-h", "-j", job, "-o", "%L"]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, OSError):
         return None
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", ran.stdout.strip().partition("\n")[0])
     if found is None:
@@ -229,8 +245,11 @@ def main(argv: list[str]) -> int:
     log = run / "logs" / f"{own}_{rank[1] if rank else 0}.log"
     outcome = f"; see {log}" if verdict.again is None and verdict.code != DONE and log.exists() else ""
     line = {"time": time.time(), "job": job, "restart": restart, "code": verdict.code, "reason": verdict.reason}
-    with (run / "submit" / "ends.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, "again": verdict.again}) + "\n")
+    try:
+        with (run / "submit" / "ends.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "again": verdict.again}) + "\n")
+    except OSError as error:  # a full disk is no reason not to go on
+        print(f"tandem: {error.strerror}: {run / 'submit' / 'ends.jsonl'}", flush=True)
     if verdict.again is not None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the requeue's own
         refused = requeue(job)

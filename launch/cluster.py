@@ -93,7 +93,7 @@ class SlurmConfig:
     """Python of the ranks: a path, or a name that `setup` puts on the PATH; null: the one that submits."""
     setup: tuple[str, ...] = ()
     """Lines of the batch script before the ranks start, as they are written: source, module load, conda activate."""
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str | int] = field(default_factory=dict)
     """Variables of the ranks: NCCL_SOCKET_IFNAME and the like."""
     container: ContainerConfig | None = None
     """Image in which the ranks run; null runs them on the node itself."""
@@ -126,6 +126,8 @@ class SlurmConfig:
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise ValueError(f"environment: {name!r} is no name of a variable")
+            if name.startswith("tandem_"):
+                raise ValueError(f"environment: {name}: names with tandem_ are the batch script's own")
         for name, value in self.sbatch.items():
             _check_option(name, value)
         for where, text in _texts(self):
@@ -171,7 +173,7 @@ class LocalConfig:
     kind: Literal["local"] = "local"
     processes: int | None = None
     """Ranks; null: one for each GPU, or one where there is none."""
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str | int] = field(default_factory=dict)
     """Variables of the ranks."""
     requeues: int = 3
     """Starts after a failure that may pass: a killed or hung rank."""
@@ -183,7 +185,9 @@ class LocalConfig:
         for name, value in self.environment.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise ValueError(f"environment: {name!r} is no name of a variable")
-            if "\0" in value:
+            if name.startswith("tandem_"):
+                raise ValueError(f"environment: {name}: names with tandem_ are the batch script's own")
+            if "\0" in str(value):
                 raise ValueError(f"environment.{name}: holds a zero byte")
 
 
@@ -234,9 +238,12 @@ def to_text(config: ClusterConfig) -> str:
 
 
 def _check_option(name: str, value: str | int | bool) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+    if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
         raise ValueError(f"sbatch: {name!r} is no option of sbatch; long names without dashes before them: exclusive")
     key = OURS.get(name)
+    short = next((one for one in OURS if key is None and one.startswith(name)), None)
+    if short is not None:
+        raise ValueError(f"sbatch: {name!r}: sbatch would take it for {short}; write options out")
     if key is not None:
         raise ValueError(f"sbatch: {name} {f'is what the key {key} says' if key else 'is set by tandem'}")
     if value is False:
@@ -251,7 +258,7 @@ def _texts(config: SlurmConfig) -> list[tuple[str, str]]:
         if isinstance(value := getattr(config, name), str)
     ]
     found += [("setup", line) for line in config.setup] + [("srun", word) for word in config.srun]
-    found += [(f"environment.{name}", value) for name, value in config.environment.items()]
+    found += [(f"environment.{name}", str(value)) for name, value in config.environment.items()]
     found += [(f"sbatch.{name}", value) for name, value in config.sbatch.items() if isinstance(value, str)]
     if config.mail is not None:
         found.append(("mail.address", config.mail.address))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator
@@ -23,13 +24,29 @@ def is_sweep(folder: Path) -> bool:
 
 def elements(sweep: Path) -> list[Path]:
     """The runs of a sweep, in its order."""
-    return [sweep / str(one["folder"]) for one in read_json(sweep / SWEEP).get("elements", [])]
+    return [sweep / one["folder"] for one in records(sweep)]
+
+
+def records(sweep: Path) -> list[dict[str, Any]]:
+    """What sweep.json says of each run: folder and values. ValueError, naming the file, where it says none of it."""
+    found = read_json(sweep / SWEEP).get("elements")
+    fits = isinstance(found, list) and all(
+        isinstance(one, dict) and isinstance(one.get("folder"), str) and isinstance(one.get("values"), dict)
+        for one in found
+    )
+    if not fits:
+        raise ValueError(f"{sweep / SWEEP}: is damaged; the runs lie in folders beside it")
+    return list(found or [])
 
 
 def below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """The runs in a folder, sweeps in their order, the rest by name."""
+    whole = None
     if is_sweep(folder):
-        yield from elements(folder)
+        with contextlib.suppress(ValueError):  # damaged: its runs are found as any others
+            whole = elements(folder)
+    if whole is not None:
+        yield from whole
     elif is_run(folder):
         yield folder
     elif depth and folder.is_dir():
@@ -56,7 +73,7 @@ def chosen(folders: Iterable[Path], *, default: Path | None = None) -> list[Path
 
 def read_json(path: Path) -> dict[str, Any]:
     """{} for what is not there or not ours."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
@@ -92,7 +109,24 @@ def heartbeats(run: Path) -> list[dict[str, Any]]:
     told = []
     with contextlib.suppress(OSError):
         told = [read_json(path) for path in sorted(folder.glob("rank*.json"))]
-    return [one for one in told if {"rank", "time", "at", "since", "images"} <= one.keys()]
+    return [one for one in told if _is_heartbeat(one)]
+
+
+def _is_heartbeat(one: dict[str, Any]) -> bool:
+    def number(key: str, *, needed: bool = True) -> bool:
+        found = one.get(key)
+        right = isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
+        return right or (found is None and not needed)
+
+    passed = one.get("passed", [0, 0])
+    return (
+        all(map(number, ("rank", "time", "since", "images")))
+        and all(number(key, needed=False) for key in ("total", "images_per_second", "pid", "started"))
+        and isinstance(one.get("at"), str)
+        and isinstance(passed, list)
+        and len(passed) == 2
+        and all(isinstance(count, int) for count in passed)
+    )
 
 
 def total(run: Path) -> int | None:

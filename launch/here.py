@@ -87,7 +87,12 @@ class LocalJob:
             (run / "logs").mkdir(exist_ok=True)
         kept = {name: value for name, value in os.environ.items() if name not in STRAY}
         paths = [str(self.code), *(path for path in kept.get("PYTHONPATH", "").split(os.pathsep) if path)]
-        variables = {**kept, **self.cluster.environment, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        variables = {
+            **kept,
+            **{name: str(value) for name, value in self.cluster.environment.items()},
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+        }
         with (self.submit / "queue.log").open("ab") as log:
             started = subprocess.Popen(
                 [sys.executable, "-c", MODULE, str(self.code), str(self.submit / "queue.json")],

@@ -29,8 +29,9 @@ class Result:
 def read(sweep: Path) -> list[Result]:
     """All runs of a sweep, in its order."""
     found = []
-    for one in folders.read_json(sweep / folders.SWEEP)["elements"]:
-        figures = folders.read_json(sweep / one["folder"] / "finished").get("figures", {})
+    for one in folders.records(sweep):
+        figures = folders.read_json(sweep / one["folder"] / "finished").get("figures")
+        figures = figures if isinstance(figures, dict) else {}
         numbers = {name: float(value) for name, value in figures.items() if isinstance(value, (int, float))}
         found.append(Result(one["folder"], dict(one["values"]), numbers))
     return found

@@ -114,20 +114,25 @@ class Job:
 
     def setup(self) -> list[str]:
         """Lines before srun: what an earlier start left, the user's own, and the code of the snapshot."""
-        run = [f"run={_quoted(self.run)}"]
+        run = [f"tandem_run={_quoted(self.run)}"]
         if self.elements:
-            run = ["runs=(", *map(_quoted, self.elements), ")", 'run="${runs[$SLURM_ARRAY_TASK_ID]}"']
+            many = ["tandem_runs=(", *map(_quoted, self.elements), ")"]
+            run = [*many, 'tandem_run="${tandem_runs[$SLURM_ARRAY_TASK_ID]}"']
         lines = [
             *run,
-            'told= log="$run/logs/$SLURM_JOB_ID.log"',
-            "trap 'told=TERM' TERM",  # so that srun's end is waited for, and the last lines run
-            'rm -f "$run/requeue"',
-            'since=$(stat -c %s "$log" 2>/dev/null || echo 0)',
+            'tandem_told= tandem_log="$tandem_run/logs/$SLURM_JOB_ID.log"',
+            "trap 'tandem_told=TERM' TERM",  # so that srun's end is waited for, and the last lines run
+            'rm -f "$tandem_run/requeue"',
+            'tandem_since=$(stat -c %s "$tandem_log" 2>/dev/null || echo 0)',
             *self.cluster.setup,
+            "set +eu",  # the user's lines may have set it, and the end of srun is no end of the script
             f"cd {_quoted(self.code)}",
             f"export PYTHONPATH={_quoted(self.code)}${{PYTHONPATH:+:$PYTHONPATH}}",
         ]
-        return [*lines, *(f"export {name}={shlex.quote(value)}" for name, value in self.cluster.environment.items())]
+        return [
+            *lines,
+            *(f"export {name}={shlex.quote(str(value))}" for name, value in self.cluster.environment.items()),
+        ]
 
     def teardown(self) -> list[str]:
         cluster = self.cluster
@@ -136,9 +141,10 @@ class Job:
             words.append(f"--time-limits={cluster.time_limits}")
         python = shlex.quote(sys.executable if cluster.container or not cluster.python else cluster.python)
         return [
-            "code=$?",
+            "tandem_code=$?",
             f"cd {_quoted(self.code)}",
-            f'{python} {shlex.join(words)} --told="$told" --since="$since" --log="$log" "$run" "$code"',
+            f'{python} {shlex.join(words)} --told="$tandem_told" --since="$tandem_since" --log="$tandem_log" '
+            '"$tandem_run" "$tandem_code"',
             "exit $?",
         ]
 

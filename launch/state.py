@@ -110,7 +110,7 @@ def _status(run: Path, kind: Kind, job: str | None, state: State, why: str, told
     newest = int(saved[-1].name) if saved else None
     images = max(int(first.get("images", 0)), newest or 0) if state in ("running", "stopping", "hung") else newest or 0
     if state == "done":
-        images = max(images, int(done.get("images", 0)), int(first.get("images", 0)))
+        images = max(images, int(_number(done, "images")), int(first.get("images", 0)))
     total = first.get("total") or folders.total(run)
     speed = first.get("images_per_second")
     left = None

@@ -229,7 +229,7 @@ def send(job: submit.AnyJob, elements: Sequence[Element], *, command: list[str],
         for number, run in enumerate(job.elements):
             name = f"{sent['job']}_{number}" if sent["kind"] == "slurm" else sent["job"]
             folders.write_json(run / "submit" / "job.json", {**about, "job": name})
-        earlier = folders.read_json(sweep / folders.SWEEP).get("elements", [])
+        earlier = folders.records(sweep) if folders.is_sweep(sweep) else []
         own_names = {one.folder for one in elements}
         told = [one for one in earlier if one["folder"] not in own_names]
         told += [{"folder": one.folder, "values": one.values} for one in elements]

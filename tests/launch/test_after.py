@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.after import End, Policy, first_failure, judge, lines, lost_node, told_by
+from launch.after import End, Policy, first_failure, judge, lines, lost_node, requeue, told_by
 from tests.starts import ROOT
 
 POLICY = Policy(requeues=2, time_limits=None, lead=120)
@@ -139,6 +139,26 @@ def test_a_run_that_is_marked_as_failed_is_not_started_again(run: Path) -> None:
 def test_a_line_that_was_cut_short_is_left_out(run: Path) -> None:
     (run / "a.jsonl").write_text('{"again": "failure"}\n{"aga')
     assert lines(run / "a.jsonl") == [{"again": "failure"}]
+
+
+def test_a_controller_that_is_away_for_a_while_is_asked_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = tmp_path / "tries"
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!/bin/sh\necho once >> {tries}\n[ $(wc -l < {tries}) -ge 3 ] && exit 0\n"
+        "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    assert requeue("12", pause=0.01) is None and tries.read_text().count("once") == 3
+    tries.unlink()
+    assert "Unable to contact" in str(requeue("12", patience=0.0, pause=0.01))
+    program.unlink()
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert requeue("12") == "scontrol: No such file or directory"
 
 
 @pytest.mark.parametrize("refuses", [False, True])

@@ -189,6 +189,35 @@ def test_a_squeue_that_does_not_answer_is_a_note(
     assert state.look([run]) == (state.look([run])[0], []) and of(run).state == "done"  # nothing to ask
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("heartbeats/rank00000.json", json.dumps({"rank": 0, "time": 1.0, "at": "step", "since": 1.0} | one))
+          for one in ({"images": None}, {"images": "x"}, {"total": "x"}, {"passed": 3}, {"time": "now"}, {"at": 7})),
+        ("heartbeats/rank00000.json", "[" * 100_000),
+        ("attempts.jsonl", b"\xff\xfe{}"),
+        ("submit/ends.jsonl", b"\xff\xfe\n[]\n{}\n"),
+        ("finished", '{"images": null, "figures": 3}'),
+        ("submit/job.json", '{"job": ["1"], "kind": 2}'),
+        ("sweep.json", '{"elements": 3}'),
+        ("sweep.json", "[{}]"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_one_run_keeps_none_from_being_shown(
+    path: Path, tmp_path: Path, name: str, content: str | bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.squeue(path)
+    for run in ("a", "b"):
+        made.submitted(tmp_path / "runs" / run)
+        made.heartbeat(tmp_path / "runs" / run)
+        made.ended(tmp_path / "runs" / run, 0, "done")
+    file = tmp_path / "runs" / "a" / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert status.main([str(tmp_path / "runs")]) == 0
+    said = capsys.readouterr().out
+    assert "a " in said and "b " in said and "done" in said
+
+
 def test_squeue_is_asked_once_for_all_runs_and_elements_of_arrays(path: Path, tmp_path: Path) -> None:
     runs = [made.submitted(tmp_path / "runs" / name, job) for name, job in (("a", "7"), ("b", "12_0"), ("c", "12_1"))]
     calls = tmp_path / "calls"

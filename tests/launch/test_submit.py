@@ -107,6 +107,25 @@ def test_every_key_is_in_the_script_and_what_a_shell_could_read_is_quoted(
     assert not list(tmp_path.rglob("HERE"))
 
 
+def test_the_users_lines_keep_no_start_from_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shell options and names of variables that they leave behind, while srun ends with the code of a saved run."""
+    asked = asks(
+        tmp_path, setup=["set -euo pipefail", "run=elsewhere log=elsewhere code=0"], python="python3.11",
+        environment={"NCCL_IB_DISABLE": 1, "told": "TERM"},
+    )  # fmt: skip
+    text = shown(capsys, *asked, f"run={tmp_path}/run")
+    (tmp_path / "bin").mkdir()
+    for name, body in (("srun", "exit 75"), ("python3.11", 'printf "%s\\n" "$NCCL_IB_DISABLE" "$@" >> "$OUT"')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "run" / "submit" / "code").mkdir(parents=True)
+    home = {"HOME": str(tmp_path), "OUT": str(tmp_path / "out"), "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    subprocess.run(["/bin/bash"], input=text, text=True, cwd=tmp_path, env=home, timeout=60)
+    words = (tmp_path / "out").read_text().splitlines()
+    assert words[0] == "1" and "launch.after" in words and "--told=" in words
+    assert words[-2:] == [f"{tmp_path}/run", "75"]
+
+
 def test_a_container_binds_what_the_run_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     box = {"image": "my image.sif", "binds": ["/data:/data:ro"], "arguments": ["--cleanenv"], "python": "/opt/py"}
     text = shown(capsys, *asks(tmp_path, gpus_per_node=2, container=box), f"run={tmp_path}/run")

@@ -86,7 +86,7 @@ def test_the_batch_script_of_an_array_finds_each_run(tmp_path: Path, capsys: pyt
     words = [str(VAE), "optim.lr=1e-3,2e-3", f"run={tmp_path}/s", "--seeds", "2", "--cluster", str(CPU)]
     assert sweep.main([*words, "--max-running", "3", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "#SBATCH --array=0-3%3" in text and 'run="${runs[$SLURM_ARRAY_TASK_ID]}"' in text
+    assert "#SBATCH --array=0-3%3" in text and 'tandem_run="${tandem_runs[$SLURM_ARRAY_TASK_ID]}"' in text
     assert f"{tmp_path}/s/optim.lr=2e-3,seed=1" in text and "/logs/%a/%j.log" in text
     assert text.startswith("# s/optim.lr=1e-3,seed=0\n") and list(tmp_path.iterdir()) == []
     for more, said in ((["--seeds", "0"], "--seeds: 1 is the least"), (["batch=30"], "batch")):

@@ -152,7 +152,10 @@ def test_a_hang_is_tried_again_as_often_as_configured(jobs: Jobs) -> None:
     done = jobs["hung"].wait()
     assert done.state() == "FAILED" and done.show()["ExitCode"] == "70:0"
     assert done.ends() == [(70, "failure"), (70, None)], done.said()
-    assert "rank 1 on node4: a rank hung; 0 more after this one; starts again" in done.log()
+    assert (
+        "start 1: a rank hung; its name is in the log and its stack in stacks/; 0 more after this one; starts again"
+        in done.log()
+    )
 
 
 def test_a_crash_loop_ends_the_job_with_its_reason(jobs: Jobs) -> None:

@@ -321,7 +321,7 @@ def compare(golden: Path, run: Path) -> list[str]:
 
 def losses(run: Path) -> dict[str, dict[int, list[float]]]:
     """{tag: {images: values}} of a run's board."""
-    board = EventAccumulator(str(run / "board"), tensor_size_guidance={"tensors": 0})
+    board = EventAccumulator(str(run / "board"), tensor_size_guidance={"scalars": 0})
     board.Reload()
     found: dict[str, dict[int, list[float]]] = {}
     for tag in board.Tags()["tensors"]:
