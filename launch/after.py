@@ -239,6 +239,7 @@ def main(argv: list[str]) -> int:
     policy = Policy(options.requeues, options.time_limits, options.lead)
     left = time_left(job) if told in ("", "TERM") and (marker is not None or end.code in WARNED) else None
     lost = lost_node(run, job, restart)
+    outside = told or ("lost node" if lost and end.code in (TERMINATED, KILLED) else "")  # see trainer/attempts.py
     verdict = judge(run, end, marker=marker, told=told, left=left, policy=policy, lost=lost)
 
     rank = re.match(r"rank (\d+)", end.where)
@@ -247,7 +248,7 @@ def main(argv: list[str]) -> int:
     line = {"time": time.time(), "job": job, "restart": restart, "code": verdict.code, "reason": verdict.reason}
     try:
         with (run / "submit" / "ends.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "again": verdict.again}) + "\n")
+            file.write(json.dumps({**line, "raw": own, "outside": outside, "again": verdict.again}) + "\n")
     except OSError as error:  # a full disk is no reason not to go on
         print(f"tandem: {error.strerror}: {run / 'submit' / 'ends.jsonl'}", flush=True)
     if verdict.again is not None:
