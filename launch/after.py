@@ -53,7 +53,9 @@ AWAY = ("Unable to contact slurm controller", "Socket timed out", "Connection re
 """What SLURM's programs say of a controller that is being started again, or handed over."""
 PATIENCE, PAUSE = 900.0, 10.0  # seconds
 
-Kind = Literal["asked", "time limit", "failure"]
+PORTS = 10  # starts in which the port of the ranks may be taken: each has another, and none is the run's failure
+
+Kind = Literal["asked", "time limit", "failure", "port"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def judge(
         what += ", by a TERM that SLURM had for the start that lost its node"
     elif end.code in LASTING:
         return Verdict(end.code, f"{what}; not a failure that passes by itself")
+    if end.code == UNMET and count(run, "port") < PORTS:
+        return Verdict(end.code, f"{what}; the next start has another", "port")
     used = count(run, "failure")
     if used >= policy.requeues:
         return Verdict(end.code, f"{what}; requeues: {policy.requeues} starts after failures are used up")
