@@ -53,7 +53,9 @@ AWAY = ("Unable to contact slurm controller", "Socket timed out", "Connection re
 """What SLURM's programs say of a controller that is being started again, or handed over."""
 PATIENCE, PAUSE = 900.0, 10.0  # seconds
 
-Kind = Literal["asked", "time limit", "failure"]
+PORTS = 10  # starts in which the port of the ranks may be taken: each has another, and none is the run's failure
+
+Kind = Literal["asked", "time limit", "failure", "port"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def judge(
         what += ", by a TERM that SLURM had for the start that lost its node"
     elif end.code in LASTING:
         return Verdict(end.code, f"{what}; not a failure that passes by itself")
+    if end.code == UNMET and count(run, "port") < PORTS:
+        return Verdict(end.code, f"{what}; the next start has another", "port")
     used = count(run, "failure")
     if used >= policy.requeues:
         return Verdict(end.code, f"{what}; requeues: {policy.requeues} starts after failures are used up")
@@ -239,6 +243,7 @@ def main(argv: list[str]) -> int:
     policy = Policy(options.requeues, options.time_limits, options.lead)
     left = time_left(job) if told in ("", "TERM") and (marker is not None or end.code in WARNED) else None
     lost = lost_node(run, job, restart)
+    outside = told or ("lost node" if lost and end.code in (TERMINATED, KILLED) else "")  # see trainer/attempts.py
     verdict = judge(run, end, marker=marker, told=told, left=left, policy=policy, lost=lost)
 
     rank = re.match(r"rank (\d+)", end.where)
@@ -247,7 +252,7 @@ def main(argv: list[str]) -> int:
     line = {"time": time.time(), "job": job, "restart": restart, "code": verdict.code, "reason": verdict.reason}
     try:
         with (run / "submit" / "ends.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "again": verdict.again}) + "\n")
+            file.write(json.dumps({**line, "raw": own, "outside": outside, "again": verdict.again}) + "\n")
     except OSError as error:  # a full disk is no reason not to go on
         print(f"tandem: {error.strerror}: {run / 'submit' / 'ends.jsonl'}", flush=True)
     if verdict.again is not None:

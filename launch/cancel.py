@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import time
@@ -54,16 +55,35 @@ def main(argv: list[str]) -> int:
 def cancel(runs: Sequence[Status]) -> None:
     """Tells all of them. ValueError with SLURM's reason where it refuses."""
     jobs = [one.job for one in runs if one.kind == "slurm" and one.job is not None]
+    for one in runs:
+        if one.kind == "slurm" and one.job is not None and not is_of(one.job, one.run):
+            raise ValueError(f"{one.run}: job {one.job} is another's now: it does not write into the run's folder")
     if jobs:
         try:
             ran = subprocess.run(["scancel", *jobs], capture_output=True, text=True, timeout=120, check=False)
         except FileNotFoundError as error:
             raise ValueError("scancel: not found; cancel where the cluster's SLURM is installed") from error
+        except subprocess.TimeoutExpired as error:
+            raise ValueError("scancel: SLURM does not answer; look with tandem status, and try again") from error
         if ran.returncode:
             raise ValueError(f"scancel: {' '.join(ran.stderr.split())}")
     for one in runs:
         if one.kind == "local":
             cancel_local(one.run, folders.read_json(one.run / "submit" / "job.json"))
+
+
+def is_of(job: str, run: Path) -> bool:
+    """Whether SLURM's job of this number prints into the folder of the run, or of its sweep: a cluster whose state was
+    lost, or another one, gives the numbers out again."""
+    command = ["scontrol", "show", "job", "-o", job]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return True  # what scancel says then is said
+    prints = re.findall(r"\bStdOut=(.*?)(?= \w+=|$)", ran.stdout, re.MULTILINE)
+    ours = [run, *([run.parent] if folders.is_sweep(run.parent) else [])]
+    places = {str(place) for folder in ours for place in (folder.absolute(), folder.resolve())}
+    return not prints or any(one.startswith(f"{place}/") for one in prints for place in places)
 
 
 def cancel_local(run: Path, about: dict[str, Any]) -> None:

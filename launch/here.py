@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,7 +24,7 @@ from launch import folders, local, process
 from launch.after import DONE, End, Policy, Verdict, judge
 from launch.cluster import LocalConfig
 from launch.rank import STRAY
-from trainer.errors import INTERRUPTED
+from trainer.errors import INTERRUPTED, one_line
 
 LOOK = 0.2  # seconds between looks at the runs
 PAUSE = 2.0  # seconds before a run is started again
@@ -141,16 +142,30 @@ class Queue:
     def work(self) -> None:
         while self.waiting or self.running:
             for one in list(self.running):
-                self._look_after(one)
+                with self._alone(one):
+                    self._look_after(one)
             for one in [one for one in self.waiting if one.word() is not None or self.ended_by]:
                 self.waiting.remove(one)
                 reason = "cancelled" if one.starts else "cancelled before it began"
-                self._end(one, Verdict(INTERRUPTED, reason))
+                with self._alone(one):
+                    self._end(one, Verdict(INTERRUPTED, reason))
             free = self.at_once - len(self.running)
             for one in [one for one in self.waiting if time.monotonic() >= one.not_before][: max(0, free)]:
                 self.waiting.remove(one)
-                self._start(one)
+                with self._alone(one):
+                    self._start(one)
             time.sleep(LOOK)
+
+    @contextlib.contextmanager
+    def _alone(self, one: Watched) -> Iterator[None]:
+        """What the system refuses of one run (its folder is gone, its disk is full) ends that run and no other."""
+        try:
+            yield
+        except OSError as error:
+            print(f"tandem: {one.run}: {one_line(error)}; it is given up", flush=True)
+            if one.child is not None and one.child.poll() is None:
+                one.child.terminate()
+            self.running[:] = [other for other in self.running if other is not one]
 
     def _start(self, one: Watched) -> None:
         one.slot = min(set(range(self.at_once)) - {other.slot for other in self.running})

@@ -215,7 +215,10 @@ def check_sbatch() -> None:
 
 def most_elements() -> int | None:
     """Elements that an array may have; None where SLURM does not say."""
-    ran = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60, check=False)
+    try:
+        ran = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60, check=False)
+    except (subprocess.TimeoutExpired, FileNotFoundError):
+        return None
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ran.stdout, re.MULTILINE)
     return int(found[1]) if found else None  # indices are below it, and begin at 0
 

@@ -218,12 +218,16 @@ def check_free(run: Path, config: Config) -> None:
 
 
 def check_idle(runs: Sequence[Path]) -> None:
-    """ValueError where a job has one of the folders, or it is marked as failed."""
-    found, notes = state.look(run for run in runs if (run / "submit" / "job.json").exists())
+    """ValueError where a job or a process has one of the folders, or it is marked as failed."""
+    found, notes = state.look(run for run in runs if folders.is_run(run))
     if notes:  # a second job in the folder would be worse than none
         raise ValueError(notes[0].partition(";")[0])
     for now in found:
         if now.active or now.state == "unknown":
+            if now.kind == "train":
+                raise ValueError(
+                    f"run: {now.run} is trained already, {now.state}; end it there, or take another folder"
+                )
             how = f"end it (tandem cancel {shlex.quote(str(now.run))})"
             raise ValueError(f"run: {now.run} is job {now.job}, {now.state}; {how}, or take another folder")
     for run in runs:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shutil
 import time
@@ -33,6 +34,7 @@ examples:
   tandem sweep --table runs/vae_fashion_sweep
 """
 OPEN, CLOSE = "[{(", "]})"
+MOST = 10_000  # runs of a sweep
 NAME = 120  # letters of a folder at most; file systems take 255
 
 
@@ -104,6 +106,9 @@ def expand(path: Path, overrides: Sequence[str], *, seeds: int) -> tuple[Path, l
     folder = base.run if named else base.run.with_name(f"{base.run.name}_sweep")
     if not axes and seeds == 1:
         raise ValueError("command line: a sweep needs several values of a key (optim.lr=1e-4,3e-4), or --seeds N")
+    many = math.prod(map(len, axes.values())) * (1 if "seed" in axes else seeds)
+    if many > MOST:
+        raise ValueError(f"command line: {many:,} runs; a sweep has at most {MOST:,}: fewer values or seeds")
     found: list[Element] = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))

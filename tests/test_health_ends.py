@@ -72,6 +72,26 @@ def test_three_starts_without_progress_are_the_last_until_a_person_has_looked(fe
     assert not (run / "requeue").exists()
 
 
+def test_starts_that_slurm_ended_are_no_crash_loop(few: Path, tmp_path: Path) -> None:
+    """A lost node, of which the batch script may have told or gone with it; not a rank that crashed."""
+    config, run, logs = write_config(tmp_path / "run.yaml", "vae", data=few), tmp_path / "run", tmp_path / "logs"
+    (run / "submit").mkdir(parents=True)
+    (run / "submit" / "job.json").write_text("{}")
+    told = {"raw": "7", "restart": 0, "outside": "node2 was lost"}
+    (run / "submit" / "ends.jsonl").write_text(json.dumps(told) + "\n")
+
+    def start(restart: int, kind: str) -> starts.Ended:
+        variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restart)}
+        return starts.each(logs, ([str(config)], variables), before=[functools.partial(break_step, kind)]).wait()
+
+    for restart in range(3):  # nothing is told of the second and third
+        assert start(restart, "bug").code == 1
+    for restart in (1, 2):
+        with (run / "submit" / "ends.jsonl").open("a") as file:
+            file.write(json.dumps({"raw": "7", "restart": restart, "outside": ""}) + "\n")
+    assert start(3, "bug").code == 72
+
+
 def test_progress_and_another_config_are_no_crash_loop(few: Path, tmp_path: Path) -> None:
     config, run, logs = write_config(tmp_path / "run.yaml", "vae", data=few), tmp_path / "run", tmp_path / "logs"
     for learning_rate in ("1e-3", "1e-3", "5e-4", "5e-4"):

@@ -105,7 +105,8 @@ class Attempt:
         self.run.mkdir(parents=True, exist_ok=True)
         (self.run / "requeue").unlink(missing_ok=True)  # nobody took it: we are the start that it asks for
         images = next((int(path.name) for path in reversed(_checkpoints(self.run))), 0)
-        before = [row for row in _rows(self._path) if "images" in row and "time" in row]
+        rows = [row for row in _rows(self._path) if "images" in row and "time" in row]
+        before = [row for row in rows if not _ended_by_slurm(self.run, row)]
         self._line = {
             "time": time.time(),
             "job": place.job(),
@@ -174,6 +175,16 @@ class Attempt:
             _write(path, json.dumps(told, indent=1))
         except OSError:
             return  # the error itself is reported, and may be that of a full disk
+
+
+def _ended_by_slurm(run: Path, row: Mapping[str, Any]) -> bool:
+    """Whether an earlier start of this job was ended from outside: it says nothing about the run. By the account of the
+    batch script (launch.after), or because it gives none: it went with its node."""
+    if row.get("job") is None or row["job"] != place.job() or not (run / "submit" / "job.json").exists():
+        return False
+    ends = [end for end in _rows(run / "submit" / "ends.jsonl") if end.get("raw") == row["job"]]
+    mine = [end for end in ends if end.get("restart") == row.get("restart")]
+    return not mine or bool(mine[-1].get("outside"))
 
 
 def _alike(config: Config) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.after import End, Policy, first_failure, judge, lines, lost_node, requeue, told_by
+from launch.after import PORTS, End, Policy, first_failure, judge, lines, lost_node, requeue, told_by
 from tests.starts import ROOT
 
 POLICY = Policy(requeues=2, time_limits=None, lead=120)
@@ -86,7 +86,7 @@ def ended(run: Path, *again: str) -> None:
         (137, None, "", None, (137, "failure")),
         (139, None, "", None, (139, "failure")),
         (70, None, "", None, (70, "failure")),
-        (69, None, "", None, (69, "failure")),  # the port is another one then
+        (69, None, "", None, (69, "port")),  # the port is another one then
         (75, None, "", None, (75, "failure")),
         (137, None, "TERM", None, (137, None)),  # scancel, a lost node: SLURM's to decide
         (143, None, "", None, (143, None)),
@@ -139,6 +139,16 @@ def test_a_run_that_is_marked_as_failed_is_not_started_again(run: Path) -> None:
 def test_a_line_that_was_cut_short_is_left_out(run: Path) -> None:
     (run / "a.jsonl").write_text('{"again": "failure"}\n{"aga')
     assert lines(run / "a.jsonl") == [{"again": "failure"}]
+
+
+def test_a_port_that_is_taken_is_no_failure_of_the_run(run: Path) -> None:
+    for _ in range(PORTS):
+        found = judge(run, End(69, "rank 0 on node1"), marker=None, told="", left=None, policy=POLICY)
+        assert found.again == "port"
+        with (run / "submit" / "ends.jsonl").open("a") as file:
+            file.write('{"again": "port"}\n')
+    assert judge(run, End(137), marker=None, told="", left=None, policy=POLICY).again == "failure"  # all are left
+    assert judge(run, End(69), marker=None, told="", left=None, policy=POLICY).again == "failure"
 
 
 def test_a_controller_that_is_away_for_a_while_is_asked_again(

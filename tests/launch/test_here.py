@@ -197,3 +197,15 @@ def hparams(logdir: Path) -> set[float]:
     found = list_session_groups.Handler(RequestContext(), context, "", request).run().session_groups
     assert experiment.hparam_infos and all(any(m.name.tag == "final/psnr" for m in g.metric_values) for g in found)
     return {group.hparams["optim.lr"].number_value for group in found}
+
+
+def test_a_run_whose_folder_is_gone_ends_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    gone, other = (Watched(tmp_path / name) for name in ("gone", "other"))
+    made.submitted(other.run)
+    (other.run / "logs").mkdir()
+    queue = Queue(
+        "local-1", tmp_path, 1, requeues=0, at_once=2, waiting=deque([gone, other]), ended_by=[signal.SIGTERM]
+    )
+    queue.work()
+    assert "it is given up" in capfd.readouterr().out
+    assert json.loads((other.run / "submit" / "ends.jsonl").read_text())["reason"] == "cancelled before it began"

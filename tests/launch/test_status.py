@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch import beats, folders, process, squeue, state, status
+from launch import beats, cancel, folders, process, squeue, state, status, submit
 from launch.state import Status
 from tests.launch import made
 
@@ -352,3 +353,27 @@ def test_it_imports_nothing_heavy() -> None:
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert beats.duration(seconds) == text
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_a_job_of_the_runs_number_that_is_another_is_not_cancelled(path: Path, run: Path, mine: bool) -> None:
+    made.squeue(path, f"12|12|RUNNING|{made.at(30)}||None")
+    where = run if mine else Path("/elsewhere")
+    for name, said in (
+        ("scontrol", f"echo 'JobId=12 JobName=x StdOut={where}/logs/12.log Power='"),
+        ("scancel", f"touch {path}/ended"),
+    ):
+        (path / name).write_text(f"#!/bin/sh\n{said}\n")
+        (path / name).chmod(0o755)
+    if mine:
+        assert cancel.main([str(run), "--wait", "0"]) == 1
+    else:
+        with pytest.raises(ValueError, match="job 12 is another's now"):
+            cancel.main([str(run), "--wait", "0"])
+    assert (path / "ended").exists() == mine
+
+
+def test_a_folder_in_which_a_command_trains_is_not_submitted(tmp_path: Path) -> None:
+    made.heartbeat(tmp_path / "run", pid=os.getpid(), host=process.identity(os.getpid())["host"], started=time.time())
+    with pytest.raises(ValueError, match="is trained already, running"):
+        submit.check_idle([tmp_path / "run"])

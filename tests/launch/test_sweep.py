@@ -133,3 +133,9 @@ def test_nothing_is_left_of_a_sweep_that_is_refused(tmp_path: Path, monkeypatch:
     (folder / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"is a run itself; give the sweep a folder of its own"):
         sweep.send(job, elements, command=[], root=starts.ROOT)
+
+
+def test_more_runs_than_anyone_means_are_refused_at_once(tmp_path: Path) -> None:
+    words = [str(VAE), f"run={tmp_path}/s", "--seeds", "100000", "--cluster", str(CPU), "--dry-run"]
+    with pytest.raises(ValueError, match=r"100,000 runs; a sweep has at most 10,000"):
+        sweep.main(words)

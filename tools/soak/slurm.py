@@ -259,11 +259,11 @@ def soak(run: Soak, events: int, chance: random.Random) -> list[Told]:
     print(HEADS, flush=True)
     told: list[Told] = []
     waiting: list[tuple[str, int, int, float]] = []  # events whose next start has not come so far
-    before = 0  # the newest checkpoint when the last event came
+    before, hasty = 0, False  # the newest checkpoint when the last event was over; whether it came early
     for number, name in enumerate(drawn(events, chance)):
         early, delay, share = chance.random() < EARLY, chance.uniform(0, START), chance.random()
         while (start := run.begun()) is not None:
-            soon = early and run.saved() > before  # else three starts in a row come to nothing: a crash loop
+            soon = early and not hasty and number > 0  # three starts in a row that come to nothing are a crash loop
             target = run.saved() + share * (run.images - run.saved()) / (events - number + 1)
             until = time.monotonic() + delay
             while run.at_work(start) and not (
@@ -275,10 +275,11 @@ def soak(run: Soak, events: int, chance: random.Random) -> list[Told]:
                 break
         if start is None:
             break
-        before, at = run.saved(), time.time()
+        at, hasty = time.time(), soon
         done = EVENTS[name][0](run, chance)
         images = run.stopped(start)
         done()
+        before = run.saved()
         if images is None:
             break
         waiting.append((f"{name}{' at its start' if soon else ''}", start, images, at))
