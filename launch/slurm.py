@@ -233,10 +233,10 @@ def reason(said: str) -> str:
 
 @contextlib.contextmanager
 def outside_a_job() -> Iterator[None]:
-    """While inside, the variables of a job in which we may be are hidden: sbatch would take them for its options."""
-    hidden = {}
-    if "SLURM_JOB_ID" in os.environ:
-        hidden = {k: v for k, v in os.environ.items() if k.startswith(("SLURM_", "SLURMD_")) and k not in HIDDEN}
+    """While inside, the variables of a job in which we may be are hidden, and SBATCH_*, which sbatch would take for
+    options above those of the script."""
+    prefixes = ("SBATCH_", *(("SLURM_", "SLURMD_") if "SLURM_JOB_ID" in os.environ else ()))
+    hidden = {k: v for k, v in os.environ.items() if k.startswith(prefixes) and k not in HIDDEN}
     for name in hidden:
         del os.environ[name]
     try:

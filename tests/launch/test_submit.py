@@ -238,10 +238,13 @@ def test_the_notice_is_as_long_as_the_last_save_needs(tmp_path: Path) -> None:
 
 
 def test_inside_a_job_its_variables_are_hidden_from_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")  # a shell's, which would win over the script
+    with slurm.outside_a_job():
+        assert "SBATCH_NO_REQUEUE" not in os.environ
     for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_CONF"):
         monkeypatch.setenv(name, "7")
     with slurm.outside_a_job():
-        assert "SLURM_NTASKS" not in os.environ and os.environ["SLURM_CONF"] == "7"
+        assert not {"SLURM_NTASKS", "SBATCH_NO_REQUEUE"} & set(os.environ) and os.environ["SLURM_CONF"] == "7"
     assert os.environ["SLURM_NTASKS"] == "7"
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.starts import ROOT
-from tools.bench import activations, carry, cases, clock, gpu, losses, memory_rank, models, own, page, step
+from tools.bench import activations, carry, cases, clock, gpu, losses, models, own, page, step
 
 COMMANDS = ("losses", "step", "activations", "gpu", "carry", "page")
 
@@ -34,7 +34,7 @@ def test_help_shows_a_command_that_runs_it(name: str, capsys: pytest.CaptureFixt
         ("step", ["--configs", "vae_fashion", "--methods", "vae"], "--methods: takes the place of --configs"),
         ("activations", ["kl_f9"], "config: 'kl_f9' is none of gan_fashion"),
         ("gpu", ["--stages", "loses"], "'loses' is none of tests, losses"),
-        ("gpu", ["--minutes", "0"], "--minutes: 0 are none"),
+        ("gpu", ["--minutes", "0"], "'0' is no number above 0"),
         ("page", ["--results"], "expected one argument"),
     ],
 )
@@ -141,15 +141,26 @@ SMALL = (
 )  # few weights, so that activations make the peak
 
 
+BOTH = """\
+import json, sys, torch
+from tools.bench import activations, clock, memory_rank, models, own
+config = models.shipped(*sys.argv[1:])
+said = activations.count(config, "eager", updates=memory_rank.WARM + 1)
+with clock._quiet():
+    real = memory_rank.measure(config, own.alone(torch.device("cpu")))
+print(json.dumps([said, real]))
+"""  # in a process of its own: what lives in this one counts
+
+
 @pytest.mark.parametrize(("name", "overrides"), [("vae_fashion", ()), ("kl_f8_256", SMALL)])
 def test_what_is_counted_is_what_the_allocator_gave_out(name: str, overrides: tuple[str, ...]) -> None:
     """A real update on the CPU beside the count. Between updates: all but the noise that a CPU draws ahead, 0.5 MB at
     most. At the peak it may have been given 5 % more: what operations take to work in, which no count of their results
     sees (0.1 to 2.4 % measured)."""
-    config = models.shipped(name, *overrides)
-    said = activations.count(config, "eager", updates=memory_rank.WARM + 1)
-    with clock._quiet():
-        real = memory_rank.measure(config, own.alone(torch.device("cpu")))
+    command = [sys.executable, "-W", "ignore", "-c", BOTH, name, *overrides]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    said, real = json.loads(ran.stdout.splitlines()[-1])
     noise = 4 * (1 << 17) + 4096
     assert said["held"] <= real["allocated"] <= said["held"] + noise
     assert 0.95 * (real["allocated_peak"] - noise) <= said["peak"] <= 1.01 * real["allocated_peak"]
