@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests.parallel.cases import METHODS, OPTIM, UPDATES
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for one launch that serves them all
+
 # The splits differ by the order of float32 sums alone. A sum of n = 16 samples x 64 pixels in another order moves by
 # about sqrt(n) = 32 roundings of 6e-8 / 32, a few 1e-7 of its size. SGD passes that on as it is: 1e-6. Adam divides the
 # first moment by the root of the second, so where a gradient is no larger than its eps (1e-4 here) an error of 1e-7 in

@@ -15,6 +15,8 @@ from tests.parallel.halves import FEW, STAGES
 from tests.parallel.precision import COVERED, TWO
 from tests.parallel.scaling import OVERFLOWS
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for one launch that serves them all
+
 # Of a loss, or of 1 where it is smaller, in four updates of Adam. A weight of bfloat16 is off by up to 2^-9 = 2e-3 of
 # itself, one of float16 by 2^-12 = 2.4e-4; measured were 8e-3 and 2e-3.
 BAND = {"bf16": 2e-2, "fp16": 4e-3}

@@ -11,6 +11,8 @@ from tests.parallel.cases import UPDATES
 from tests.parallel.test_parity import FLOOR, SMALL, written
 from tests.parallel.zero import CHAIN, LEG, STAGES, Case, cases
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for one launch that serves them all
+
 # as in test_parity.py; DeepSpeed also adds 1e-6 to the norm that it clips by, and norms here are above 0.1
 TOLERANCE = 1e-5
 CASES = [pytest.param(case, id=case.name) for case in cases()]
