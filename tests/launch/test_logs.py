@@ -91,7 +91,7 @@ def test_a_log_that_grows_is_followed_in_whole_lines_until_the_run_is_over(
 def test_what_cannot_be_shown_says_why(run: Path, tmp_path: Path) -> None:
     made.ended(run, 2, "a mistake")
     (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / "sweep.json").write_text('{"elements": [{"folder": "lr=1"}]}')
+    (tmp_path / "sweep" / "sweep.json").write_text('{"elements": [{"folder": "lr=1", "values": {}}]}')
     made.heartbeat(tmp_path / "plain")
     for words, said in (
         ([str(run)], "no log yet of rank 0; it is failed: a mistake"),
