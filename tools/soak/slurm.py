@@ -245,6 +245,8 @@ EVENTS: Mapping[str, tuple[Callable[[Soak, random.Random], Callable[[], None]], 
     "requeued": (Soak.requeue, 3),
 }
 """And how often each is drawn."""
+SUDDEN = ("rank killed", "node lost")
+"""After which no rank tells how far it came: that is known by the speed and the last heartbeat."""
 
 
 def drawn(events: int, chance: random.Random) -> list[str]:
@@ -276,13 +278,14 @@ def soak(run: Soak, events: int, chance: random.Random) -> list[Told]:
         if start is None:
             break
         at, hasty = time.time(), soon
+        reached = run.reached(start) // BATCH * BATCH if name in SUDDEN else 0
         done = EVENTS[name][0](run, chance)
         images = run.stopped(start)
         done()
         before = run.saved()
         if images is None:
             break
-        waiting.append((f"{name}{' at its start' if soon else ''}", start, images, at))
+        waiting.append((f"{name}{' at its start' if soon else ''}", start, max(images, reached), at))
     run.job.wait(seconds=10 * PATIENCE)
     if run.job.state() != "COMPLETED":
         raise RuntimeError(f"the job is {run.job.state()}\n{run.job.said()}")
